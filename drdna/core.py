@@ -113,7 +113,7 @@ def logical_shape(
     "Find the batch axis of a layer's output"
     shape = tuple(shape)
     if shape[:1] == (n,): return shape[1:], 0, 1
-    if shape.count(n) == 1: b = shape.index(n); return shape[:b] + shape[b + 1:], b, 1
+    if n in shape: b = shape.index(n); return shape[:b] + shape[b + 1:], b, 1
     if shape and shape[0] and shape[0] % n == 0: return (shape[0] // n,) + shape[1:], 0, shape[0] // n
 
 # %% ../nbs/00_core.ipynb #35ee8374

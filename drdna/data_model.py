@@ -278,14 +278,13 @@ def accuracy(
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides the trained weights"
-    sizes:tuple = ((8, 16), (6, 24), (7, 32)) # (epochs, image size in px), one after the other
+    sizes:tuple = ((8, 16), (5, 24), (5, 32)) # (epochs, image size in px), one after the other
     batch:int = 256 # Images in a batch
-    lr:float = 0.2 # Peak learning rate
+    lr:tuple = ((0, 0), (0.175, 0.2), (13/18, 0.08964), (1, 0)) # (share of the steps, learning rate), straight lines between
     momentum:float = 0.9 # Nesterov momentum
     weight_decay:float = 8e-4
     label_smoothing:float = 0.1
     pad:int = 4 # An image moves by at most so many px
-    warmup:float = 0.15 # Share of the steps in which the learning rate rises
     seed:int = 0
 
 # %% ../nbs/01_data_model.ipynb #1c29426b
@@ -302,7 +301,7 @@ def size_at(self:Recipe, epoch:int)->int:
 @patch
 def lr_at(self:Recipe, t:float)->float:
     "Learning rate when the share `t` of all steps is done"
-    return self.lr * min(t/self.warmup, (1 - t)/(1 - self.warmup))
+    return float(np.interp(t, *zip(*self.lr)))
 
 # %% ../nbs/01_data_model.ipynb #b3b8ad34
 def whiten_(
@@ -495,7 +494,7 @@ def _check(recipe, out, device):
     "The folder and the device that `train` will use; *raises* a clear error before any work"
     if not recipe.sizes or any(n < 1 or s < 8 for n, s in recipe.sizes): raise ValueError(f'sizes: pairs of at least one epoch and at least 8 px, not {recipe.sizes}')
     if recipe.batch < 2: raise ValueError(f'batch: at least 2, not {recipe.batch}')
-    if not 0 < recipe.warmup < 1: raise ValueError(f'warmup: a share between 0 and 1, not {recipe.warmup}')
+    if sorted(recipe.lr) != list(recipe.lr): raise ValueError(f'lr: pairs of a share of the steps, rising, and a learning rate, not {recipe.lr}')
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     torch.empty(1, device=device) # a device that is not there says so now
     out = Path(out)

@@ -6,19 +6,21 @@ Docs: https://drdna.github.io/drdna/detection.html.md"""
 
 # %% auto #0
 __all__ = ['RULES', 'REFERENCE_LAYERS', 'REFERENCE_STORED', 'threshold', 'Verdict', 'judge', 'fit_rule', 'apply_rule', 'DrDNA',
-           'reference_bins', 'ReferenceDNA']
+           'collect_clean', 'reference_bins', 'ReferenceDNA']
 
 # %% ../nbs/05_detection.ipynb #87fa8d86
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from .core import Cohort
+from .core import Cohort, Recorder, call_model, device_of, to_device, undisturbed
 from .profiling import Profile
 from .scoring import Tables, bins_of, fit_tables, frequencies, margin, rarity, score
 
@@ -124,6 +126,23 @@ def to(self:DrDNA, device) -> DrDNA:
     "Move the tables, in place"
     self.tables, self.T, self.sd = self.tables.to(device), self.T.to(device), self.sd.to(device)
     return self
+
+# %% ../nbs/05_detection.ipynb #dc5f05ac
+def collect_clean(
+    model:nn.Module, # The fault-free network
+    data:Iterable, # Batches of inputs
+    detector, # Anything with `layers`, `observe` and `collect`
+    forward:Callable|None=None, # `forward(model, batch)`, if the default call does not fit
+    desc:str='calibrate', # What the progress bar says
+) -> Tensor: # What `collect` gives, one row per input; raises `ValueError` without any
+    "What a detector collects on clean inputs"
+    rows, device = [], device_of(model)
+    with undisturbed(model), Recorder(model, detector.layers, detector.observe) as rec:
+        for batch in tqdm(data, desc=desc):
+            call_model(model, to_device(batch, device), forward)
+            rows.append(detector.collect(rec.take()).cpu())
+    if not rows: raise ValueError('the loader yields no batch: nothing to calibrate on')
+    return torch.cat(rows)
 
 # %% ../nbs/05_detection.ipynb #cf683ac9
 REFERENCE_LAYERS = ['conv1', 'bn1', *(f'layer{i}.0.{m}' for i in (1, 2, 3, 4) for m in ('conv1', 'bn1', 'conv2', 'bn2')), 'avgpool']

@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from .core import Cohort, Recorder, call_model, device_of, structure, to_device, undisturbed, weights_hash
-from .detection import RULES, DrDNA, Verdict, judge, threshold
+from .core import Cohort, Recorder, device_of, structure, weights_hash
+from .detection import RULES, DrDNA, Verdict, collect_clean, judge, threshold
 from .profiling import Fields, pack_layers, profile, read_tensors, unpack_layers, write_tensors
 from .scoring import Tables
 
@@ -88,12 +87,7 @@ def calibrate(self:Guard,
     forward:Callable|None=None, # `forward(model, batch)`, if the default call does not fit
 ) -> Guard:
     "Set the threshold from `data`; raises `ValueError`, and keeps the old one, if there is too little of it"
-    device, m = device_of(self.model), []
-    with undisturbed(self.model):
-        for batch in tqdm(data, desc='calibrate'):
-            call_model(self.model, to_device(batch, device), forward)
-            m.append(self._statistic().amax(-1).cpu())
-    m = torch.cat(m) if m else torch.empty(0)
+    m = self.detector.statistic(collect_clean(self.model, data, self.detector, forward)).amax(-1)
     self.threshold, self.info = threshold(m, fpr), self.info | {'fpr': fpr, 'calibrated': len(m)}
     return self
 

@@ -7,7 +7,7 @@ Docs: https://drdna.github.io/drdna/injection.html.md"""
 # %% auto #0
 __all__ = ['bits_of', 'apply_masks', 'error_model', 'flip', 'flips', 'stuck_bit', 'stuck_at', 'uniform', 'draw_neurons',
            'draw_weights', 'repeat_fault', 'check_faults', 'NeuronFaults', 'weight_faults', 'other_class', 'outcomes',
-           'class_flags', 'Run', 'rounds', 'inject', 'run', 'with_images']
+           'class_flags', 'Run', 'rounds', 'inject', 'outputs_of', 'run', 'with_images']
 
 # %% ../nbs/04_injection.ipynb #1e19ca32
 import math
@@ -235,6 +235,7 @@ def outcomes(
 # %% ../nbs/04_injection.ipynb #3c64b1d1
 def class_flags(faulty:Tensor, golden:Tensor) -> dict: # Columns of `(N,)` arrays
     "Predictions, confidences and the SDC-5, SDC-10 % and SDC-20 % flags (Li et al., SC'17)"
+    golden, faulty = golden.double(), faulty.double()  # softmax in half precision would round the confidences
     p, q = golden.softmax(-1), faulty.softmax(-1)
     (conf, clean), pred = p.max(-1), faulty.argmax(-1)
     now = q.max(-1).values
@@ -287,6 +288,15 @@ def _rows(faults, start, n, out, golden, criterion):
     rows = faults.loc[np.repeat(faults.index, n)].assign(image=keep + start) if weight else faults.copy()
     extra = class_flags(out[keep], golden[keep]) if out.ndim == 2 else {}
     return rows.assign(outcome=outcomes(out[keep], golden[keep], criterion), **extra), keep
+
+# %% ../nbs/04_injection.ipynb #eb70a300
+def outputs_of(
+    model:nn.Module, # The network, with whatever is tapped into it
+    data:Iterable, # Batches of inputs
+    forward:Callable|None=None, # `forward(model, batch)` if the default call does not fit
+) -> Tensor: # First tensor of the outputs, one row per input
+    "Run the model as it is over clean data"
+    with undisturbed(model): return torch.cat([next(tensors(call_model(model, to_device(b, device_of(model)), forward)))[1].cpu() for b in data])
 
 # %% ../nbs/04_injection.ipynb #fb2c425d
 def run(

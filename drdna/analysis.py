@@ -139,13 +139,14 @@ def score_table(v:Variant, r:Run, name:str='drdna') -> pd.DataFrame: # One row p
     return pd.concat([clean, r.table.loc[sdc, ['image', 'model']].assign(score=stat(r.faulty[name])[sdc])], ignore_index=True)
 
 def plot_scores(scores:pd.DataFrame, t:float) -> Figure:
-    "Scatter of `score_table` with a threshold"
+    "Dots of `score_table`, one column for clean inferences and one per error model, with a threshold"
     fig, ax = plt.subplots(figsize=(7, 3), layout='constrained')
-    bad = scores[scores.model != 'clean']
-    sns.scatterplot(scores[scores.model == 'clean'], x='image', y='score', s=6, color=CLEAN, linewidth=0, label='clean', ax=ax)
-    sns.scatterplot(bad, x='image', y='score', style='model', hue='model', palette='colorblind', s=22, ax=ax)
-    ax.axhline(t, color='k', ls='--', lw=1, label='threshold')
-    ax.set(yscale='symlog', ylabel='score'); ax.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5), frameon=False)
+    ax.set_yscale('symlog')  # before the data, which set the limits
+    color = {m: CLEAN if m == 'clean' else FAULTY for m in scores.model.unique()}
+    sns.stripplot(scores, x='model', y='score', hue='model', palette=color, jitter=.35, size=2, legend=False, ax=ax)
+    ax.axhline(t, color='k', ls='--', lw=1)
+    ax.set(xlabel='')
+    ax.tick_params('x', labelsize=7, rotation=12)
     return fig
 
 # %% ../nbs/10_analysis.ipynb #5bf68a22
@@ -161,8 +162,8 @@ def roc_table(fit:Tensor, cal:Tensor, r:Run, name:str='drdna') -> pd.DataFrame: 
     return pd.DataFrame(rows)
 
 def plot_roc(roc:pd.DataFrame, least:int=20) -> Figure:
-    "ROC curves of the error models with at least `least` SDCs"
-    grid = sns.relplot(roc[roc.n >= least].rename(columns={'model': 'error model'}), x='fpr', y='recall', hue='rule', col='error model', kind='line', drawstyle='steps-post',
+    "ROC curves of the error models with at least `least` SDCs, or else of the one with most"
+    grid = sns.relplot(roc[roc.n >= min(least, roc.n.max())].rename(columns={'model': 'error model'}), x='fpr', y='recall', hue='rule', col='error model', kind='line', drawstyle='steps-post',
                        palette='colorblind', height=2.4, aspect=.95, errorbar=None, facet_kws=dict(ylim=(0, 1.02)))
     grid.set(xscale='log').set_titles('{col_name}', size=8).set_axis_labels('false-positive rate', 'recall over SDCs')
     return grid.figure
@@ -183,10 +184,11 @@ def growth_table(v:Variant, r:Run, layers:list[Layer], fpr:float, n:int=12, name
 def plot_growth(g:pd.DataFrame, t:float) -> Figure:
     "Curves of `growth_table` with the threshold and the detection layers"
     fig, ax = plt.subplots(figsize=(7, 3), layout='constrained')
+    ax.set_yscale('symlog')
     sns.lineplot(g, x='depth', y='statistic', hue='kind', units='inference', estimator=None, palette={'SDC': FAULTY, 'clean': CLEAN}, lw=.7, ax=ax)
     hit = g[g.detected]
     ax.scatter(hit.depth, hit.statistic, s=14, color=['k' if k == 'SDC' else CLEAN for k in hit.kind], zorder=3, label='alarm')
-    ax.axhline(t, color='k', ls='--', lw=1); ax.set(yscale='symlog', xlabel='layer in execution order', ylabel='statistic'); ax.legend(frameon=False)
+    ax.axhline(t, color='k', ls='--', lw=1); ax.set(xlabel='layer in execution order', ylabel='statistic'); ax.legend(frameon=False)
     return fig
 
 # %% ../nbs/10_analysis.ipynb #429fe09c
@@ -226,22 +228,21 @@ def plot_bits(bits:pd.DataFrame) -> Figure:
 
 # %% ../nbs/10_analysis.ipynb #b9c2b323
 def mitigation_table(
-    runs:dict, # Name of the repair to its `Run`; `none` must be among them
-    clean:dict, # Name of the repair to the fault-free predictions under it, `(images,)`
+    r:Run, # With its `repaired` runs
     labels:np.ndarray, # `(images,)`
-    alarm:np.ndarray, # Which rows of `runs['none']` the detector alarms on: what re-execution repairs
+    alarm:np.ndarray, # Which rows of `r` the detector alarms on: what re-execution repairs
 ) -> pd.DataFrame: # One row per repair, target and error model
     "Accuracy before, under and after, and what is left of the SDCs"
-    base, rows = runs['none'].table, []
-    preds = {n: r.table.pred.to_numpy() for n, r in runs.items()} | {'re-execute': np.where(alarm, base.clean_pred, base.pred)}
-    truth = labels[base.image]
+    base, rows = r.table, []
+    runs = {'none': r, **r.repaired}
+    preds = {n: z.table.pred.to_numpy() for n, z in runs.items()} | {'re-execute': np.where(alarm, base.clean_pred, base.pred)}
     for name, pred in preds.items():
-        before = (clean.get(name, clean['none']) == labels)
+        before = runs.get(name, r).outputs.argmax(1).numpy() == labels
         for (target, model), g in base.groupby(['target', 'model'], sort=False):
             sdc, i = g[g.outcome == 'SDC'], g.index
             back = observed_rate(pred[sdc.index] == sdc.clean_pred, sdc)
-            rows.append(dict(repair=name, target=target, model=model, clean_right=int(before.sum()), images=len(labels), faulty_right=int((pred[i] == truth[i]).sum()), faults=len(g),
-                             **{f'recovered_{c}': x for c, x in back.items()}, sdc_left=int((pred[i] != g.clean_pred).sum())))
+            rows.append(dict(repair=name, target=target, model=model, clean_right=int(before.sum()), images=len(labels), faulty_right=int((pred[i] == labels[g.image]).sum()), faults=len(g),
+                             **{f'recovered_{c}': x for c, x in back.items()}, changed=int((pred[i] != g.clean_pred).sum())))
     return pd.DataFrame(rows)
 
 # %% ../nbs/10_analysis.ipynb #2c0f376a

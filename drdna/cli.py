@@ -11,6 +11,7 @@ __all__ = ['NEURON_MODELS', 'staged', 'splits', 'fault_list', 'measure', 'tabula
 # %% ../nbs/11_cli.ipynb #8ed40366
 import argparse, os, platform, shutil, sys, tempfile, time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pandas as pd, torch
@@ -19,7 +20,7 @@ from . import __version__
 from . import analysis as an
 from .data_model import Recipe, cifar10_splits, loader, sample, train, trained_resnet18
 from .detection import DrDNA, collect_clean, threshold
-from .injection import draw_neurons, draw_weights, flip, flips, outputs_of, run, stuck_at, uniform
+from .injection import draw_neurons, draw_weights, flip, flips, run, stuck_at, uniform
 from .mitigation import Restrict, clamp, zero
 from .profiling import profile
 
@@ -64,26 +65,22 @@ def measure(model, data:dict, args) -> dict:
     det = DrDNA.fit(p, args.bins)
     cal = collect_clean(model, batches['calibrate'], det)
     faults = fault_list(model, p.layers, args.faults, len(data['evaluate']), args.seed)
-    runs = {'none': run(model, batches['evaluate'], faults, p.layers, {'drdna': det}, desc='evaluate and inject')}
-    clean = {'none': runs['none'].outputs.argmax(1).numpy()}
-    for how in (clamp, zero):
-        name = how.__name__
-        runs[name] = run(model, batches['evaluate'], faults, p.layers, repair=lambda: Restrict(model, p, how), desc=f'mitigate: {name}')
-        with Restrict(model, p, how): clean[name] = outputs_of(model, batches['evaluate']).argmax(1).numpy()
+    repairs = {how.__name__: partial(Restrict, model, p, how) for how in (clamp, zero)}
+    r = run(model, batches['evaluate'], faults, p.layers, {'drdna': det}, repairs, desc='evaluate, inject, mitigate')
     reference = an.reference_experiment(model, loader(sample('profile')), batches['evaluate'], data['evaluate'].labels)
-    return dict(p=p, fit=det.tables.tests(p.values), cal=cal, runs=runs, clean=clean, reference=reference, labels=data['evaluate'].labels.numpy())
+    return dict(p=p, fit=det.tables.tests(p.values), cal=cal, run=r, reference=reference, labels=data['evaluate'].labels.numpy())
 
 # %% ../nbs/11_cli.ipynb #762b3cfd
 def tabulate(m:dict, fpr:float) -> dict[str, pd.DataFrame]:
     "Every table of the report, by file name"
-    r, layers, v = m['runs']['none'], m['p'].layers, an.Variant(m['fit'], m['cal'])
+    r, layers, v = m['run'], m['p'].layers, an.Variant(m['fit'], m['cal'])
     alarm = v.alarms(r.faulty['drdna'], fpr).alarm.numpy()
     return {
         'faults': r.table,
         'outcomes': an.outcome_table(r.table),
         'detection': an.detection_table(m['fit'], m['cal'], r, fprs=sorted({.05, .01, fpr}, reverse=True)),
         'latency': an.latency_table(m['fit'], m['cal'], r, layers, fpr),
-        'mitigation': an.mitigation_table(m['runs'], m['clean'], m['labels'], alarm),
+        'mitigation': an.mitigation_table(r, m['labels'], alarm),
         'scores': an.score_table(v, r),
         'roc': an.roc_table(m['fit'], m['cal'], r),
         'growth': an.growth_table(v, r, layers, fpr),
@@ -94,22 +91,25 @@ def tabulate(m:dict, fpr:float) -> dict[str, pd.DataFrame]:
 
 # %% ../nbs/11_cli.ipynb #820e0770
 def sections(t:dict, cut:float, fpr:float) -> list[dict]:
-    "Figures and tables of the report, each with the sentence that it answers"
-    pic = lambda title, text, fig, data: dict(title=title, text=text, figure=an.svg(fig), alt=title, data=f'{data}.csv')
-    tab = lambda title, text, table, data: dict(title=title, text=text, table=table, data=f'{data}.csv')
-    rates = sorted(t['detection'].target_fpr.unique(), reverse=True)
-    return [
-        pic('What faults do', 'Outcome of every fault, against the fault-free run of the same image in the same batch.', an.plot_outcomes(t['outcomes']), 'outcomes'),
-        *[tab(f'Detection at {f:.1%} target FPR', 'Recall over SDCs with 95 % intervals, for the three alarm rules, with all tests and with each alone; first the false-positive rate measured on the clean evaluation images.', an.readable(t['detection'], f), 'detection') for f in rates],
-        pic('Scores', f'Clean inferences and SDCs under the per_layer rule; the line is the threshold calibrated for {fpr:.1%} FPR.', an.plot_scores(t['scores'], cut), 'scores'),
-        pic('ROC', 'Recall over SDCs against the false-positive rate, for error models with at least 20 SDCs.', an.plot_roc(t['roc']), 'roc'),
-        pic('How an alarm grows', 'The statistic over the layers for some SDCs and their fault-free twins; dots mark the detection layer.', an.plot_growth(t['growth'], cut), 'growth'),
-        tab('Detection latency', 'Layers between the faulted one and the alarm, over detected SDCs of neurons. Early: an alarm before the faulted layer, which is no detection.', t['latency'], 'latency'),
-        pic('Bit by bit', 'Random single flips: how often each bit becomes an SDC, and how many of these are detected.', an.plot_bits(t['bits']), 'bits'),
-        tab('Mitigation', f'Right answers on clean images and under faults, SDCs that get the fault-free prediction back, and answers still changed. Re-execution acts on alarms at {fpr:.1%} FPR and assumes a transient fault.', t['mitigation'], 'mitigation'),
-        pic('The reference experiment: scores', 'Neuron (6, 7, 2) of layer2.0.conv1, bit 30, on every image that the network gets right. Left the score of the public reference repository, right the same with correct binning.', an.plot_reference(t['reference_scores']), 'reference_scores'),
-        tab('The reference experiment: rates', 'SDCs above the threshold that 5 %, 1 % and none of the clean scores pass (in-sample thresholds, as the reference takes them).', t['reference'].set_index('detector'), 'reference'),
-    ]
+    "Figures and tables of the report, each with the sentence that it answers; where nothing happened, it says so"
+    res = []
+    def add(title, text, data, show):
+        if t[data].empty: res.append(dict(title=title, text='Nothing to show: no SDC among these faults.'))
+        else:
+            made = show(t[data])
+            res.append(dict(title=title, text=text, data=f'{data}.csv') | (dict(figure=an.svg(made), alt=title) if hasattr(made, 'savefig') else dict(table=made)))
+    add('What faults do', 'Outcome of every fault, against the fault-free run of the same image in the same batch.', 'outcomes', an.plot_outcomes)
+    for f in sorted({.05, .01, fpr}, reverse=True):
+        add(f'Detection at {f:.1%} target FPR', 'Recall over SDCs with 95 % intervals, for the three alarm rules, with all tests and with each alone; first the false-positive rate measured on the clean evaluation images.', 'detection', lambda d: an.readable(d, f))
+    add('Scores', f'Clean inferences and SDCs under the per_layer rule; the line is the threshold calibrated for {fpr:.1%} FPR.', 'scores', lambda d: an.plot_scores(d, cut))
+    add('ROC', 'Recall over SDCs against the false-positive rate, for error models with at least 20 SDCs.', 'roc', an.plot_roc)
+    add('How an alarm grows', 'The statistic over the layers for some SDCs and their fault-free twins; dots mark the detection layer.', 'growth', lambda d: an.plot_growth(d, cut))
+    add('Detection latency', 'Layers between the faulted one and the alarm, over detected SDCs of neurons. Early: an alarm before the faulted layer, which has no latency.', 'latency', lambda d: d)
+    add('Bit by bit', 'Random single flips: how often each bit becomes an SDC, and how many of these are detected.', 'bits', an.plot_bits)
+    add('Mitigation', f'Right answers on clean images and under faults, SDCs that get the fault-free prediction back, and answers still changed. Re-execution acts on alarms at {fpr:.1%} FPR and assumes a transient fault.', 'mitigation', lambda d: d)
+    add('The reference experiment: scores', 'Neuron (6, 7, 2) of layer2.0.conv1, bit 30, on every image that the network gets right. Left the score of the public reference repository, right the same with correct binning.', 'reference_scores', an.plot_reference)
+    add('The reference experiment: rates', 'SDCs above the threshold that 5 %, 1 % and none of the clean scores pass (in-sample thresholds, as the reference takes them).', 'reference', lambda d: d.set_index('detector'))
+    return res
 
 # %% ../nbs/11_cli.ipynb #4d296647
 def check(args):
@@ -133,7 +133,7 @@ def reproduce(args):
         for name, table in t.items(): table.to_csv(tmp / f'{name}.csv', index=False)
         cut = threshold(an.Variant(m['fit'], m['cal']).clean, args.fpr)
         facts = {'drdna': __version__, 'PyTorch': f'{torch.__version__} on {args.device}, {torch.get_num_threads()} threads', 'network': f'ResNet-18, {len(m["p"].layers)} layers, {args.sites} sites per layer, {args.bins} bins',
-                 'images': ', '.join(f'{len(d):,} {s}' for s, d in data.items()), 'clean accuracy': an.show_rate(int((m['clean']['none'] == m['labels']).sum()), len(m['labels'])),
+                 'images': ', '.join(f'{len(d):,} {s}' for s, d in data.items()), 'clean accuracy': an.show_rate(int((m['run'].outputs.argmax(1).numpy() == m['labels']).sum()), len(m['labels'])),
                  'faults': f'{len(t["faults"]):,} runs, seed {args.seed}', 'time': f'{time.perf_counter() - start:.0f} s'}
         (tmp / 'index.html').write_text(an.render('Dr. DNA, reproduced', facts, sections(t, cut, args.fpr)), encoding='utf-8')
     summary(facts, t, args)
@@ -142,13 +142,8 @@ def reproduce(args):
 def summary(facts:dict, t:dict, args):
     "Print what was run, detection of the default rule, mitigation and the reference's experiment"
     for k, v in facts.items(): print(f'{k:>15}  {v}')
-    d = t['detection']
-    d = d[(d.rule == 'per_layer') & (d.tests == 'all') & (d.outcome == 'SDC')]
-    cells = d.assign(fault=d.target + ' ' + d.model, at=[f'detected at {f:.1%} FPR' for f in d.target_fpr], rate=[an.show_rate(k, n) if t_ == 'neuron' else f'{k}/{n} = {x:.1%} [{a:.1%}, {b:.1%}]' for t_, k, n, x, a, b in zip(d.target, d.k, d.n, d.rate, d.lo, d.hi)])
-    print('\nSDCs detected by the per_layer rule, 95 % intervals')
-    print(cells.pivot_table('rate', 'fault', 'at', aggfunc='first', sort=False).rename_axis(None).rename_axis(None, axis=1).to_string())
-    false = d.drop_duplicates('target_fpr')
-    print('\nmeasured false-positive rates: ' + ', '.join(f'{an.show_rate(int(k), int(n))} for {f:.1%}' for k, n, f in zip(false.fpr_k, false.fpr_n, false.target_fpr)))
+    for f in sorted({.05, .01, args.fpr}, reverse=True):
+        if not t['detection'].empty: print(f'\nSDCs detected by the per_layer rule at {f:.1%} target FPR\n' + an.readable(t['detection'], f).loc[('per_layer', 'all')].to_string())
     left = t['mitigation'].groupby('repair', sort=False)[['recovered_k', 'recovered_n', 'clean_right', 'images']].agg({'recovered_k': 'sum', 'recovered_n': 'sum', 'clean_right': 'first', 'images': 'first'})
     print('\nSDCs given their fault-free prediction back, and right answers on clean images')
     print(left.to_string())
@@ -164,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
     sub = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
     r = sub.add_parser('reproduce', help='run the whole method on CIFAR-10 and write a report', formatter_class=shown)
     r.add_argument('--out', default='drdna-report', metavar='FOLDER', help='folder for index.html and the tables')
-    r.add_argument('--faults', type=int, default=1000, metavar='N', help='neuron faults per error model')
+    r.add_argument('--faults', type=int, default=500, metavar='N', help='neuron faults per error model')
     r.add_argument('--fpr', type=float, default=0.001, help='calibrated false-positive rate, beside 5 %% and 1 %%')
     r.add_argument('--sites', type=int, default=32, metavar='K', help='monitored sites per layer')
     r.add_argument('--bins', type=int, default=10, metavar='B', help='histogram bins')

@@ -110,11 +110,16 @@ def observe(self:DrDNA, x:Tensor, i:int) -> Tensor:
     return self.cohort.read(x, i)
 
 @patch
-def collect(self:DrDNA, records:list) -> Tensor: # `(N, L, 3)`
-    "The three tests of every layer, from what `observe` gave at each of them"
+def join(self:DrDNA, records:list) -> Tensor: # `(N, L, K)`
+    "What `observe` gave at each layer, in one tensor; the tables follow it to its device"
     values = torch.stack(records, 1)
     if values.device != self.T.device: self.to(values.device)
-    return self.tables.tests(values)
+    return values
+
+@patch
+def collect(self:DrDNA, records:list) -> Tensor: # `(N, L, 3)`
+    "The three tests of every layer, from what `observe` gave at each of them"
+    return self.tables.tests(self.join(records))
 
 @patch
 def statistic(self:DrDNA, tests:Tensor) -> Tensor: # `(N, L)`
@@ -170,7 +175,7 @@ class ReferenceDNA(DrDNA):
 
     def collect(self, records):
         "Its lookup is right, but half open: the profiled maximum itself counts as unseen"
-        a, t = torch.stack(records, 1), self.tables
+        a, t = self.join(records), self.tables
         tau1 = torch.where(a == t.hi, 1, rarity(a, t.lo, t.hi, t.freq)).sum(-1)
         return torch.stack([tau1, torch.zeros_like(tau1), torch.zeros_like(tau1)], -1)
 

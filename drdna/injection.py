@@ -7,13 +7,13 @@ Docs: https://drdna.github.io/drdna/injection.html.md"""
 # %% auto #0
 __all__ = ['bits_of', 'apply_masks', 'error_model', 'flip', 'flips', 'stuck_bit', 'stuck_at', 'uniform', 'draw_neurons',
            'draw_weights', 'repeat_fault', 'check_faults', 'NeuronFaults', 'weight_faults', 'other_class', 'outcomes',
-           'class_flags', 'Run', 'rounds', 'inject', 'outputs_of', 'run', 'with_images']
+           'class_flags', 'Run', 'rounds', 'inject', 'run', 'with_images']
 
 # %% ../nbs/04_injection.ipynb #1e19ca32
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 
 import numpy as np, pandas as pd, torch
@@ -252,6 +252,7 @@ class Run:
     faulty: dict # Observer's name to tensor, rows as in `table`
     clean: dict # Observer's name to tensor, one row per image, without fault
     outputs: Tensor # Fault-free outputs, one row per image
+    repaired: dict = field(default_factory=dict) # Name of a repair to the `Run` under it
 
 # %% ../nbs/04_injection.ipynb #8bc1214d
 def rounds(faults:pd.DataFrame, start:int, n:int) -> Iterable[pd.DataFrame]:
@@ -289,15 +290,6 @@ def _rows(faults, start, n, out, golden, criterion):
     extra = class_flags(out[keep], golden[keep]) if out.ndim == 2 else {}
     return rows.assign(outcome=outcomes(out[keep], golden[keep], criterion), **extra), keep
 
-# %% ../nbs/04_injection.ipynb #eb70a300
-def outputs_of(
-    model:nn.Module, # The network, with whatever is tapped into it
-    data:Iterable, # Batches of inputs
-    forward:Callable|None=None, # `forward(model, batch)` if the default call does not fit
-) -> Tensor: # First tensor of the outputs, one row per input
-    "Run the model as it is over clean data"
-    with undisturbed(model): return torch.cat([next(tensors(call_model(model, to_device(b, device_of(model)), forward)))[1].cpu() for b in data])
-
 # %% ../nbs/04_injection.ipynb #fb2c425d
 def run(
     model:nn.Module, # The fault-free network
@@ -305,28 +297,30 @@ def run(
     faults:pd.DataFrame, # From `draw_neurons` or `draw_weights`; several lists joined are fine
     layers:list[Layer], # The network's layers
     observers:dict|None=None, # Name to observer
+    repairs:dict|None=None, # Name to a function that makes a context, such as a mitigation
     criterion:Callable=other_class, # `criterion(faulty, golden)`: which outputs are SDCs
     forward:Callable|None=None, # `forward(model, batch)` if the default call does not fit
-    repair:Callable=nullcontext, # Makes a context that is open during faulty runs only, such as a mitigation
     images:int|None=None, # How many inputs there are; default: counted through `len(data.dataset)`
     desc:str='inject', # What the progress bar says
 ) -> Run:
     "Run every fault once and compare with the fault-free run of the same batch"
-    faults = with_images(faults, images or len(data.dataset))
-    tables, seen, clean, outputs, start = [], [], [], [], 0
-    bar = tqdm(total=len(faults), desc=desc, unit='fault')
+    faults, repairs = with_images(faults, images or len(data.dataset)), {'none': nullcontext, **(repairs or {})}
+    logs, start = {name: _Log() for name in repairs}, 0
+    bar = tqdm(total=len(faults) * len(repairs), desc=desc, unit='fault')
     with undisturbed(model), _Watch(model, observers or {}) as watch, bar:
         for batch in data:
-            batch = to_device(batch, device_of(model))
-            golden, was = _forward(model, batch, forward, watch)
-            clean.append(was); outputs.append(golden.cpu())
-            for part in rounds(faults, start, len(golden)):
-                with inject(model, layers, part, start), repair(): out, now = _forward(model, batch, forward, watch)
-                rows, keep = _rows(part, start, len(golden), out, golden, criterion)
-                tables.append(rows); seen.append({k: v[keep] for k, v in now.items()})
-                bar.update(len(part))
+            batch, golden = to_device(batch, device_of(model)), None
+            for name, repair in repairs.items():
+                with repair(): out, was = _forward(model, batch, forward, watch)
+                golden = out if golden is None else golden  # the unprotected network comes first
+                logs[name].clean.append(was); logs[name].outputs.append(out.cpu())
+                for part in rounds(faults, start, len(golden)):
+                    with inject(model, layers, part, start), repair(): out, now = _forward(model, batch, forward, watch)
+                    logs[name].add(*_rows(part, start, len(golden), out, golden, criterion), now)
+                    bar.update(len(part))
             start += len(golden)
-    return _gather(tables, seen, clean, outputs)
+    res = {name: log.join() for name, log in logs.items()}
+    return replace(res.pop('none'), repaired=res)
 
 # %% ../nbs/04_injection.ipynb #b105eb0c
 def with_images(faults, n):
@@ -335,9 +329,13 @@ def with_images(faults, n):
     if len(bad := faults[~faults.image.between(0, n - 1)]): raise ValueError(f'fault {bad.index[0]}: image {bad.image.iloc[0]}, but there are {n}')
     return faults.reset_index(drop=True).rename_axis('fault')
 
-def _gather(tables, seen, clean, outputs):
-    "Join the rounds, in the order of the fault list"
-    table = pd.concat(tables).reset_index()
-    order = np.lexsort((table.image, table.fault))
-    faulty = {k: torch.cat([s[k] for s in seen])[torch.from_numpy(order)] for k in seen[0]}
-    return Run(table.iloc[order].reset_index(drop=True), faulty, {k: torch.cat([c[k] for c in clean]) for k in clean[0]}, torch.cat(outputs))
+class _Log:
+    "What one pass collects, batch by batch"
+    def __init__(self): self.tables, self.seen, self.clean, self.outputs = [], [], [], []
+    def add(self, rows, keep, now): self.tables.append(rows); self.seen.append({k: v[keep] for k, v in now.items()})
+    def join(self) -> Run:
+        "All of it, in the order of the fault list"
+        table = pd.concat(self.tables).reset_index()
+        order = np.lexsort((table.image, table.fault))
+        faulty = {k: torch.cat([s[k] for s in self.seen])[torch.from_numpy(order)] for k in self.seen[0]}
+        return Run(table.iloc[order].reset_index(drop=True), faulty, {k: torch.cat([c[k] for c in self.clean]) for k in self.clean[0]}, torch.cat(self.outputs))

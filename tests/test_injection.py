@@ -1,9 +1,13 @@
 "Faults on odd models, dtypes and moments"
+from functools import partial
+
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from drdna.core import layers, weights_hash
+from drdna.mitigation import Restrict
+from drdna.profiling import profile
 from drdna.injection import NeuronFaults, apply_masks, bits_of, draw_neurons, draw_weights, flip, flips, run, stuck_at, stuck_bit, uniform, weight_faults
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -72,3 +76,15 @@ def test_a_fault_reaches_its_own_sample_only():
     with NeuronFaults(model, found, draw_neurons(found[:1], 1, stuck_at(value=1e6)), rows=[4]): y = model(x)
     same = (y == golden).all(1)
     assert same.tolist() == [True] * 4 + [bool(same[4])] + [True]
+
+def test_repairs_are_judged_against_the_unprotected_answer():
+    model, x = net(), torch.randn(8, 3, 6, 6)
+    p = profile(model, [x])
+    faults = draw_neurons(p.layers, 40, flip(bit=30))
+    r = run(model, [x], faults, p.layers, repairs={'clamp': partial(Restrict, model, p)}, images=8)
+    mended = r.repaired['clamp']
+    assert (mended.table.fault == r.table.fault).all() and torch.equal(mended.outputs, r.outputs) # the profiled images stay in their range
+    assert (mended.table.clean_pred == r.table.clean_pred).all()
+    assert (r.table.outcome == 'DUE').any() and not (mended.table.outcome == 'DUE').any()
+    alone = run(model, [x], faults, p.layers, images=8)
+    pd.testing.assert_frame_equal(alone.table, r.table)

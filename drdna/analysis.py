@@ -6,10 +6,10 @@ Docs: https://drdna.github.io/drdna/analysis.html.md"""
 
 # %% auto #0
 __all__ = ['PALETTE', 'CLEAN', 'FAULTY', 'TESTS', 'REPORTED', 'interval', 'show_rate', 'cluster_interval', 'observed_rate',
-           'outcome_table', 'plot_outcomes', 'Variant', 'detection_rows', 'detection_table', 'readable', 'score_table',
-           'plot_scores', 'roc_table', 'plot_roc', 'growth_table', 'plot_growth', 'latency_table', 'bit_table',
-           'plot_bits', 'mitigation_table', 'reference_experiment', 'reference_table', 'plot_reference', 'svg',
-           'render']
+           'outcome_table', 'axes', 'plot_outcomes', 'Variant', 'detection_rows', 'detection_table', 'readable',
+           'score_table', 'plot_scores', 'roc_table', 'plot_roc', 'growth_table', 'plot_growth', 'latency_table',
+           'bit_table', 'plot_bits', 'mitigation_table', 'reference_experiment', 'reference_table', 'plot_reference',
+           'svg', 'render']
 
 # %% ../nbs/10_analysis.ipynb #8ac45767
 import base64, io
@@ -55,15 +55,18 @@ def cluster_interval(
     "Percentile bootstrap of a rate over whole clusters"
     if len(hit) == 0: return np.nan, np.nan
     sums = pd.DataFrame({'k': hit, 'n': 1}).groupby(np.asarray(cluster)).sum().to_numpy()
+    if len(sums) < 2 or hit.all() or not hit.any():  # nothing varies between draws: Wilson, with clusters for trials
+        return interval(round(hit.mean() * len(sums)), len(sums), level=level)
     picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
     k, n = sums[picks].sum(1).T
     return tuple(np.quantile(k / n, [(1 - level) / 2, (1 + level) / 2]).tolist())
 
 # %% ../nbs/10_analysis.ipynb #89afe703
 def observed_rate(hit:np.ndarray, table:pd.DataFrame) -> dict: # `k, n, rate, lo, hi`
-    "A rate over rows of a run's table, with the interval that fits: over whole faults if they were tried on several images"
-    hit, k, n = np.asarray(hit), int(np.sum(hit)), len(hit)
-    lo, hi = cluster_interval(hit, table.fault) if table.fault.duplicated().any() else interval(k, n)
+    "A rate over rows of a run's table, with the interval that fits: over clusters where a fault was tried on several images, or faults share an image"
+    hit, k, n = np.asarray(hit, bool), int(np.sum(hit)), len(hit)
+    shared = next((c for c in (table.fault, table.image) if c.duplicated().any()), None)
+    lo, hi = interval(k, n) if shared is None else cluster_interval(hit, shared)
     return dict(k=k, n=n, rate=k / n if n else np.nan, lo=lo, hi=hi)
 
 def outcome_table(table:pd.DataFrame) -> pd.DataFrame: # One row per error model and outcome
@@ -75,11 +78,15 @@ def outcome_table(table:pd.DataFrame) -> pd.DataFrame: # One row per error model
 PALETTE = dict(zip(('masked', 'benign', 'SDC', 'DUE'), ('#999999', '#56B4E9', '#D55E00', '#000000'))) # Okabe and Ito's colour-blind safe colours
 CLEAN, FAULTY = '#0072B2', '#D55E00'
 
+def axes(height:float=3, rows:int=1, cols:int=1, **kw): # Figure and axes
+    "A figure of the width of a page"
+    return plt.subplots(rows, cols, figsize=(7, height), dpi=72, layout='constrained', **kw)
+
 def plot_outcomes(out:pd.DataFrame) -> Figure:
     "Outcome shares per error model, from `outcome_table`"
     wide = out.pivot_table('rate', ['target', 'model'], 'outcome', sort=False)[list(PALETTE)]
     wide.index = [f'{t} {m}' for t, m in wide.index]
-    fig, ax = plt.subplots(figsize=(7, .35 * len(wide) + .9), layout='constrained')
+    fig, ax = axes(.35 * len(wide) + .9)
     wide.plot.barh(stacked=True, ax=ax, color=PALETTE, width=.75)
     ax.invert_yaxis(); ax.set(xlabel='share of faults', ylabel='', xlim=(0, 1))
     ax.legend(ncols=4, loc='lower center', bbox_to_anchor=(.5, 1), frameon=False)
@@ -140,7 +147,7 @@ def score_table(v:Variant, r:Run, name:str='drdna') -> pd.DataFrame: # One row p
 
 def plot_scores(scores:pd.DataFrame, t:float) -> Figure:
     "Dots of `score_table`, one column for clean inferences and one per error model, with a threshold"
-    fig, ax = plt.subplots(figsize=(7, 3), layout='constrained')
+    fig, ax = axes()
     ax.set_yscale('symlog')  # before the data, which set the limits
     color = {m: CLEAN if m == 'clean' else FAULTY for m in scores.model.unique()}
     sns.stripplot(scores, x='model', y='score', hue='model', palette=color, jitter=.35, size=2, legend=False, ax=ax)
@@ -183,7 +190,7 @@ def growth_table(v:Variant, r:Run, layers:list[Layer], fpr:float, n:int=12, name
 
 def plot_growth(g:pd.DataFrame, t:float) -> Figure:
     "Curves of `growth_table` with the threshold and the detection layers"
-    fig, ax = plt.subplots(figsize=(7, 3), layout='constrained')
+    fig, ax = axes()
     ax.set_yscale('symlog')
     sns.lineplot(g, x='depth', y='statistic', hue='kind', units='inference', estimator=None, palette={'SDC': FAULTY, 'clean': CLEAN}, lw=.7, ax=ax)
     hit = g[g.detected]
@@ -198,8 +205,9 @@ def latency_table(fit:Tensor, cal:Tensor, r:Run, layers:list[Layer], fpr:float, 
     t = r.table[(r.table.outcome == 'SDC') & (r.table.target == 'neuron')]
     rows = []
     for rule in RULES:
-        at = Variant(fit, cal, rule).alarms(r.faulty[name][_ix(t.index)], fpr).layer.numpy()
-        late = pd.Series(np.where(at < 0, np.nan, at - t.layer.map(depth)), t.index)
+        v = Variant(fit, cal, rule)
+        at, twin = v.alarms(r.faulty[name][_ix(t.index)], fpr).layer.numpy(), v.alarms(r.clean[name], fpr).alarm.numpy()[t.image]
+        late = pd.Series(np.where((at < 0) | twin, np.nan, at - t.layer.map(depth)), t.index)
         for model, g in late.groupby(t.model, sort=False):
             ok = g[g >= 0]
             rows.append(dict(rule=rule, model=model, SDCs=len(g), detected=len(ok), early=int((g < 0).sum()), median=ok.median(), p90=ok.quantile(.9)))
@@ -218,7 +226,7 @@ def bit_table(v:Variant, r:Run, fpr:float, name:str='drdna') -> pd.DataFrame: # 
 
 def plot_bits(bits:pd.DataFrame) -> Figure:
     "Bars of `bit_table` with intervals"
-    fig, axs = plt.subplots(2, 1, figsize=(7, 3.4), layout='constrained', sharex=True)
+    fig, axs = axes(3.4, rows=2, sharex=True)
     for ax, (what, g), color in zip(axs, bits.groupby('what', sort=False), (FAULTY, CLEAN)):
         g = g[g.n > 0]
         ax.bar(g.bit, g.rate, color=color, yerr=np.abs([g.rate - g.lo, g.hi - g.rate]), error_kw=dict(lw=.8, ecolor='0.4'))
@@ -230,12 +238,12 @@ def plot_bits(bits:pd.DataFrame) -> Figure:
 def mitigation_table(
     r:Run, # With its `repaired` runs
     labels:np.ndarray, # `(images,)`
-    alarm:np.ndarray, # Which rows of `r` the detector alarms on: what re-execution repairs
+    alarm:np.ndarray, # Which rows of `r` the detector alarms on: re-execution gives these the fault-free answer, if the fault was a transient one in a neuron
 ) -> pd.DataFrame: # One row per repair, target and error model
     "Accuracy before, under and after, and what is left of the SDCs"
     base, rows = r.table, []
     runs = {'none': r, **r.repaired}
-    preds = {n: z.table.pred.to_numpy() for n, z in runs.items()} | {'re-execute': np.where(alarm, base.clean_pred, base.pred)}
+    preds = {n: z.table.pred.to_numpy() for n, z in runs.items()} | {'re-execute': np.where(alarm & (base.target == 'neuron'), base.clean_pred, base.pred)}
     for name, pred in preds.items():
         before = runs.get(name, r).outputs.argmax(1).numpy() == labels
         for (target, model), g in base.groupby(['target', 'model'], sort=False):
@@ -263,21 +271,21 @@ def reference_experiment(
     return r.table[['image', 'outcome']].assign(**scores)[right.numpy()].reset_index(drop=True)
 
 # %% ../nbs/10_analysis.ipynb #0c12a80d
-REPORTED = {'clean mean': 487.8, 'SDC mean': 539.2, 'clean n': 3000, 'SDCs': 596, '5 % FPR': 593 / 596, '1 % FPR': .958, '0 % FPR': .941} # the reference's own
+REPORTED = {'clean mean': 487.8, 'SDC mean': 539.2, 'clean n': 3000, 'SDCs': 596, '5 % FPR': show_rate(593, 596), '1 % FPR': '95.8%', '0 % FPR': '94.1%'} # the reference's own
 
 def reference_table(scores:pd.DataFrame) -> pd.DataFrame: # One row per detector, and what the reference reports
     "Means, counts and in-sample detection rates of `reference_experiment`"
     sdc, rows = scores.outcome == 'SDC', {'reference, as reported': REPORTED}
     for name in ('reference', 'correct binning', 'Dr. DNA'):
         clean, bad = scores[f'{name} clean'], scores.loc[sdc, f'{name} faulty']
-        rates = {f'{int(100 * a)} % FPR': (bad > clean.quantile(1 - a)).mean() for a in (.05, .01, 0)}
-        rows[name] = {'clean mean': clean.mean(), 'SDC mean': bad.mean(), 'clean n': len(clean), 'SDCs': len(bad), **rates}
+        rates = {f'{int(100 * a)} % FPR': show_rate(int((bad > clean.quantile(1 - a)).sum()), len(bad)) for a in (.05, .01, 0)}
+        rows[name] = {'clean mean': round(clean.mean(), 3), 'SDC mean': round(bad.mean(), 3), 'clean n': len(clean), 'SDCs': len(bad), **rates}
     return pd.DataFrame(rows).T
 
 # %% ../nbs/10_analysis.ipynb #e68f41c2
 def plot_reference(scores:pd.DataFrame) -> Figure:
     "Clean and SDC scores per image, with the reference's binning and with correct binning"
-    fig, axs = plt.subplots(1, 2, figsize=(7, 2.8), layout='constrained')
+    fig, axs = axes(2.8, cols=2)
     bad = scores[scores.outcome == 'SDC']
     for ax, name in zip(axs, ('reference', 'correct binning')):
         ax.scatter(scores.image, scores[f'{name} clean'], s=3, color=CLEAN, label='clean')
@@ -302,5 +310,5 @@ def render(
 ) -> str: # HTML
     "The report page"
     template = (files('drdna') / 'assets' / 'report.html').read_text(encoding='utf-8')
-    table = lambda t: t.to_html(float_format='{:.3f}'.format, na_rep='–', border=0, index=t.index.nlevels > 1 or t.index.dtype == object)
+    table = lambda t: t.to_html(float_format='{:.3f}'.format, na_rep='–', border=0, index=t.index.nlevels > 1 or not pd.api.types.is_numeric_dtype(t.index))
     return jinja2.Environment(autoescape=True).from_string(template).render(title=title, facts=facts, sections=sections, table=table)

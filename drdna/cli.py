@@ -63,12 +63,13 @@ def measure(model, data:dict, args) -> dict:
     batches = {s: loader(d) for s, d in data.items()}
     p = profile(model, batches['profile'], k=args.sites, seed=args.seed)
     det = DrDNA.fit(p, args.bins)
+    fit = det.tables.tests(p.values)
     cal = collect_clean(model, batches['calibrate'], det)
     faults = fault_list(model, p.layers, args.faults, len(data['evaluate']), args.seed)
     repairs = {how.__name__: partial(Restrict, model, p, how) for how in (clamp, zero)}
     r = run(model, batches['evaluate'], faults, p.layers, {'drdna': det}, repairs, desc='evaluate, inject, mitigate')
     reference = an.reference_experiment(model, loader(sample('profile')), batches['evaluate'], data['evaluate'].labels)
-    return dict(p=p, fit=det.tables.tests(p.values), cal=cal, run=r, reference=reference, labels=data['evaluate'].labels.numpy())
+    return dict(p=p, fit=fit, cal=cal, run=r, reference=reference, labels=data['evaluate'].labels.numpy())
 
 # %% ../nbs/11_cli.ipynb #762b3cfd
 def tabulate(m:dict, fpr:float) -> dict[str, pd.DataFrame]:
@@ -92,21 +93,21 @@ def tabulate(m:dict, fpr:float) -> dict[str, pd.DataFrame]:
 # %% ../nbs/11_cli.ipynb #820e0770
 def sections(t:dict, cut:float, fpr:float) -> list[dict]:
     "Figures and tables of the report, each with the sentence that it answers; where nothing happened, it says so"
-    res = []
+    res, sdc = [], (t['faults'].outcome == 'SDC').any()
     def add(title, text, data, show):
-        if t[data].empty: res.append(dict(title=title, text='Nothing to show: no SDC among these faults.'))
+        if t[data].empty or (data == 'detection' and not sdc): res.append(dict(title=title, text='Nothing to show: no SDC among these faults.'))
         else:
             made = show(t[data])
             res.append(dict(title=title, text=text, data=f'{data}.csv') | (dict(figure=an.svg(made), alt=title) if hasattr(made, 'savefig') else dict(table=made)))
     add('What faults do', 'Outcome of every fault, against the fault-free run of the same image in the same batch.', 'outcomes', an.plot_outcomes)
     for f in sorted({.05, .01, fpr}, reverse=True):
-        add(f'Detection at {f:.1%} target FPR', 'Recall over SDCs with 95 % intervals, for the three alarm rules, with all tests and with each alone; first the false-positive rate measured on the clean evaluation images.', 'detection', lambda d: an.readable(d, f))
-    add('Scores', f'Clean inferences and SDCs under the per_layer rule; the line is the threshold calibrated for {fpr:.1%} FPR.', 'scores', lambda d: an.plot_scores(d, cut))
+        add(f'Detection at {100 * f:g} % target FPR', 'Recall over SDCs with 95 % intervals, for the three alarm rules, with all tests and with each alone; first the false-positive rate measured on the clean evaluation images.', 'detection', lambda d: an.readable(d, f))
+    add('Scores', f'Clean inferences and SDCs under the per_layer rule; the line is the threshold calibrated for {100 * fpr:g} % FPR.', 'scores', lambda d: an.plot_scores(d, cut))
     add('ROC', 'Recall over SDCs against the false-positive rate, for error models with at least 20 SDCs.', 'roc', an.plot_roc)
     add('How an alarm grows', 'The statistic over the layers for some SDCs and their fault-free twins; dots mark the detection layer.', 'growth', lambda d: an.plot_growth(d, cut))
-    add('Detection latency', 'Layers between the faulted one and the alarm, over detected SDCs of neurons. Early: an alarm before the faulted layer, which has no latency.', 'latency', lambda d: d)
+    add('Detection latency', 'Layers between the faulted one and the alarm, over detected SDCs of neurons. Alarms before the faulted layer (early), and those that the fault-free twin raises too, are no detections.', 'latency', lambda d: d)
     add('Bit by bit', 'Random single flips: how often each bit becomes an SDC, and how many of these are detected.', 'bits', an.plot_bits)
-    add('Mitigation', f'Right answers on clean images and under faults, SDCs that get the fault-free prediction back, and answers still changed. Re-execution acts on alarms at {fpr:.1%} FPR and assumes a transient fault.', 'mitigation', lambda d: d)
+    add('Mitigation', f'Right answers on clean images and under faults, SDCs that get the fault-free prediction back, and answers still changed. Re-execution acts on alarms at {100 * fpr:g} % FPR; it is computed, not run: an alarmed transient fault in a neuron gets the fault-free answer, a weight fault stays.', 'mitigation', lambda d: d)
     add('The reference experiment: scores', 'Neuron (6, 7, 2) of layer2.0.conv1, bit 30, on every image that the network gets right. Left the score of the public reference repository, right the same with correct binning.', 'reference_scores', an.plot_reference)
     add('The reference experiment: rates', 'SDCs above the threshold that 5 %, 1 % and none of the clean scores pass (in-sample thresholds, as the reference takes them).', 'reference', lambda d: d.set_index('detector'))
     return res
@@ -114,13 +115,14 @@ def sections(t:dict, cut:float, fpr:float) -> list[dict]:
 # %% ../nbs/11_cli.ipynb #4d296647
 def check(args):
     "Raise `ValueError` for values that argparse cannot judge"
+    if not 0 <= args.seed < 2**31: raise ValueError(f'--seed {args.seed}: must lie between 0 and 2**31 - 1')
     for name in ('sites', 'bins', 'faults'):
         if getattr(args, name) < 1: raise ValueError(f'--{name} {getattr(args, name)}: must be at least 1')
     n = 5000 if args.full else 1000
     try: threshold(torch.zeros(n), args.fpr)
     except ValueError as e: raise ValueError(f'--fpr: {e}') from None
     try: torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as e: raise ValueError(f'--device {args.device}: {str(e).splitlines()[0]}') from None
+    except (RuntimeError, AssertionError, NotImplementedError) as e: raise ValueError(f'--device {args.device}: {str(e).splitlines()[0]}') from None
 
 def reproduce(args):
     "Profile, calibrate, evaluate, inject, detect, mitigate, report"
@@ -143,11 +145,11 @@ def summary(facts:dict, t:dict, args):
     "Print what was run, detection of the default rule, mitigation and the reference's experiment"
     for k, v in facts.items(): print(f'{k:>15}  {v}')
     for f in sorted({.05, .01, args.fpr}, reverse=True):
-        if not t['detection'].empty: print(f'\nSDCs detected by the per_layer rule at {f:.1%} target FPR\n' + an.readable(t['detection'], f).loc[('per_layer', 'all')].to_string())
+        if (t['faults'].outcome == 'SDC').any(): print(f'\nSDCs detected by the per_layer rule at {100 * f:g} % target FPR\n' + an.readable(t['detection'], f).loc[('per_layer', 'all')].to_string())
     left = t['mitigation'].groupby('repair', sort=False)[['recovered_k', 'recovered_n', 'clean_right', 'images']].agg({'recovered_k': 'sum', 'recovered_n': 'sum', 'clean_right': 'first', 'images': 'first'})
     print('\nSDCs given their fault-free prediction back, and right answers on clean images')
     print(left.to_string())
-    print('\nthe reference experiment'); print(t['reference'].set_index('detector').to_string(float_format='{:.3f}'.format))
+    print('\nthe reference experiment'); print(t['reference'].set_index('detector').to_string())
     print(f'\nreport: {Path(args.out) / "index.html"}')
 
 # %% ../nbs/11_cli.ipynb #4a4729f6

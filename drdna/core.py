@@ -113,8 +113,10 @@ def logical_shape(
     "Find the batch axis of a layer's output"
     shape = tuple(shape)
     if shape[:1] == (n,): return shape[1:], 0, 1
-    if n in shape: b = shape.index(n); return shape[:b] + shape[b + 1:], b, 1
-    if shape and shape[0] and shape[0] % n == 0: return (shape[0] // n,) + shape[1:], 0, shape[0] // n
+    folded = bool(shape and shape[0] and shape[0] % n == 0)
+    if n in shape and not folded: b = shape.index(n); return shape[:b] + shape[b + 1:], b, 1
+    if n in shape: raise ValueError(f'output of shape {shape}: with {n} samples, axis 0 and axis {shape.index(n)} could both be the batch; use another number of samples for the dry run')
+    if folded: return (shape[0] // n,) + shape[1:], 0, shape[0] // n
 
 # %% ../nbs/00_core.ipynb #35ee8374
 def is_monitored(m:nn.Module) -> bool:
@@ -134,7 +136,7 @@ def _dry_run(model, batch, forward):
         if not open_calls.pop() and first: found.append((m, first[0], tuple(first[1].shape), first[1].dtype))
     hooks = [h for m in model.modules() for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     try:
-        with undisturbed(model): call_model(model, batch, forward)
+        with undisturbed(model): call_model(model, to_device(batch, device_of(model)), forward)
     finally:
         for h in hooks: h.remove()
     names = {m: n for n, m in model.named_modules()}

@@ -495,8 +495,9 @@ def _check(recipe, out, device):
     if not recipe.sizes or any(n < 1 or s < 8 for n, s in recipe.sizes): raise ValueError(f'sizes: pairs of at least one epoch and at least 8 px, not {recipe.sizes}')
     if recipe.batch < 2: raise ValueError(f'batch: at least 2, not {recipe.batch}')
     if sorted(recipe.lr) != list(recipe.lr): raise ValueError(f'lr: pairs of a share of the steps, rising, and a learning rate, not {recipe.lr}')
-    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    torch.empty(1, device=device) # a device that is not there says so now
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try: torch.empty(1, device=(device := torch.device(device))) # a device that is not there says so now
+    except (RuntimeError, AssertionError) as e: raise ValueError(f'device {device}: {str(e).splitlines()[0]}') from None
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     replace_file(out/'.writable', Path.touch); (out/'.writable').unlink()

@@ -203,7 +203,7 @@ def weight_faults(
     faults:pd.DataFrame, # From `draw_weights`; all of them at once
 ):
     "While open, the model's weights carry the faults"
-    ps = dict(model.named_parameters())
+    ps = dict(model.named_parameters(remove_duplicate=False))  # tied weights go by each of their names
     check_faults(faults, {n: p.numel() for n, p in ps.items()}, {n: str(p.dtype).removeprefix('torch.') for n, p in ps.items()})
     saved = []
     try:
@@ -228,7 +228,7 @@ def outcomes(
 ) -> np.ndarray: # `(N,)` of 'DUE', 'masked', 'SDC', 'benign'
     "Sort faulty outputs into the four outcomes"
     flat = lambda z: z.reshape(len(z), -1)
-    due = (~faulty.isfinite() & golden.isfinite()).flatten(1).any(1)
+    due = flat(~faulty.isfinite() & golden.isfinite()).any(1)
     masked = (bits_of(flat(faulty)) == bits_of(flat(golden))).all(1)
     return np.select([due.cpu(), masked.cpu(), criterion(faulty, golden).cpu()], ['DUE', 'masked', 'SDC'], 'benign')
 
@@ -239,9 +239,9 @@ def class_flags(faulty:Tensor, golden:Tensor) -> dict: # Columns of `(N,)` array
     p, q = golden.softmax(-1), faulty.softmax(-1)
     (conf, clean), pred = p.max(-1), faulty.argmax(-1)
     now = q.max(-1).values
-    top5 = faulty.topk(min(5, faulty.shape[-1]), -1).indices
+    top5 = golden.topk(min(5, golden.shape[-1]), -1).indices
     moved = ((now - conf).abs() / conf).nan_to_num(torch.inf)
-    cols = dict(clean_pred=clean, pred=pred, clean_confidence=conf, confidence=now, sdc5=(top5 != clean.unsqueeze(-1)).all(-1), sdc10=moved > .1, sdc20=moved > .2)
+    cols = dict(clean_pred=clean, pred=pred, clean_confidence=conf, confidence=now, sdc5=(top5 != pred.unsqueeze(-1)).all(-1), sdc10=moved > .1, sdc20=moved > .2)
     return {k: v.cpu().numpy() for k, v in cols.items()}
 
 # %% ../nbs/04_injection.ipynb #b4f7561a
@@ -274,7 +274,8 @@ class _Watch(ExitStack):
     "Recorders of all observers; `take` is what they collected of the last forward"
     def __init__(self, model, observers):
         super().__init__()
-        self.recs = {name: (o, self.enter_context(Recorder(model, o.layers, o.observe))) for name, o in observers.items()}
+        try: self.recs = {name: (o, self.enter_context(Recorder(model, o.layers, o.observe))) for name, o in observers.items()}
+        except BaseException: self.close(); raise
     def take(self): return {name: o.collect(rec.take()).cpu() for name, (o, rec) in self.recs.items()}
 
 def _forward(model, batch, forward, watch):
@@ -319,12 +320,14 @@ def run(
                     logs[name].add(*_rows(part, start, len(golden), out, golden, criterion), now)
                     bar.update(len(part))
             start += len(golden)
+    if start < faults.image.max() + 1: raise ValueError(f'the loader gave {start} inputs, but a fault strikes image {faults.image.max()}')
     res = {name: log.join() for name, log in logs.items()}
     return replace(res.pop('none'), repaired=res)
 
 # %% ../nbs/04_injection.ipynb #b105eb0c
 def with_images(faults, n):
     "Give every fault an image, if it has none; raises `ValueError` for images that do not exist"
+    if faults.empty: raise ValueError('the fault list is empty')
     if 'image' not in faults: faults = faults.assign(image=faults.reset_index(drop=True).index % n)
     if len(bad := faults[~faults.image.between(0, n - 1)]): raise ValueError(f'fault {bad.index[0]}: image {bad.image.iloc[0]}, but there are {n}')
     return faults.reset_index(drop=True).rename_axis('fault')

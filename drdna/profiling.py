@@ -80,7 +80,7 @@ def profile(
     "Profile `model` on `data` in one pass; raises `ValueError` if there is no data or a value is not finite"
     first, data = _peek(data)
     device = device_of(model)
-    layers = layers or find_layers(model, to_device(first, device), forward=forward)
+    layers = layers or find_layers(model, first, forward=forward)
     cohort = Cohort(layers, draw_sites(layers, k, seed), extremes)
     values, places, ranges = Spool(), Spool(), []
     with undisturbed(model), Recorder(model, layers, _look(cohort)) as rec:
@@ -187,7 +187,9 @@ def unpack_layers(f:Fields) -> tuple[list, list]: # Layers and sites
     try:
         ks = [r.pop('k') for r in rows]
         found = [Layer(**(r | {'shape': tuple(r['shape']), 'item': tuple(r['item'])})) for r in rows]
-        if not all(isinstance(n, int) and n > 0 for l, k in zip(found, ks) for n in (k, l.call, l.calls, l.groups, *l.shape)): raise TypeError
+        if not all(type(n) is int and n > 0 for l, k in zip(found, ks) for n in (k, l.call, l.calls, l.groups, *l.shape)): raise TypeError
+        if not all(type(l.batch_dim) is int and 0 <= l.batch_dim <= len(l.shape) and all(type(i) in (int, str) for i in l.item) for l in found): raise TypeError
+        if len({l.name for l in found}) < len(found): raise TypeError
         if not all(isinstance(s, str) for l in found for s in (l.name, l.path, l.kind, l.dtype)): raise TypeError
     except (TypeError, KeyError, AttributeError): f.fail('layers', 'does not describe layers')
     sites = list(f.array('sites', (torch.int64,), (sum(ks),)).split(ks))

@@ -132,7 +132,11 @@ class Tables:
     ends: Tensor # `(L, 2)` columns of the sites that are usually highest and lowest
 
     def tests(self, values:Tensor) -> Tensor: # `(N, L, K)`, or `K + 4` columns in scope `layer`, to `(N, L, 3)`
-        "All three tests of every layer"
+        "All three tests of every layer, on the device of `values`, a thousand inputs at a time"
+        t = self if self.mask.device == values.device else self.to(values.device)
+        return torch.cat([t._tests(v) for v in values.split(1000)])
+
+    def _tests(self, values):
         k = self.mask.shape[1]
         a, whole = values[..., :k], values[..., k:]
         finite = values.isfinite().all(-1)

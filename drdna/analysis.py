@@ -143,7 +143,7 @@ def score_table(v:Variant, r:Run, name:str='drdna') -> pd.DataFrame: # One row p
     stat = lambda t: v.statistic(t).amax(-1).numpy()
     sdc = (r.table.outcome == 'SDC').to_numpy()
     clean = pd.DataFrame({'image': range(len(r.clean[name])), 'model': 'clean', 'score': stat(r.clean[name])})
-    return pd.concat([clean, r.table.loc[sdc, ['image', 'model']].assign(score=stat(r.faulty[name])[sdc])], ignore_index=True)
+    return pd.concat([clean, r.table[sdc][['image']].assign(model=(r.table.target + ' ' + r.table.model)[sdc], score=stat(r.faulty[name])[sdc])], ignore_index=True)
 
 def plot_scores(scores:pd.DataFrame, t:float) -> Figure:
     "Dots of `score_table`, one column for clean inferences and one per error model, with a threshold"
@@ -292,7 +292,7 @@ def plot_reference(scores:pd.DataFrame) -> Figure:
         ax.scatter(bad.image, bad[f'{name} faulty'], s=9, lw=.8, marker='x', color=FAULTY, label='SDC')
         ax.axhline(scores[f'{name} clean'].quantile(.95), color='k', ls='--', lw=1, label='95 % of clean')
         ax.set(title=name, xlabel='image', ylabel='final score')
-    axs[0].legend(frameon=False, fontsize=7)
+    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside upper center', ncols=3, frameon=False, fontsize=8)
     return fig
 
 # %% ../nbs/10_analysis.ipynb #bd2936e5

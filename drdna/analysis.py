@@ -8,8 +8,8 @@ Docs: https://drdna.github.io/drdna/analysis.html.md"""
 __all__ = ['PALETTE', 'CLEAN', 'FAULTY', 'TESTS', 'REPORTED', 'interval', 'show_rate', 'cluster_interval', 'observed_rate',
            'outcome_table', 'axes', 'plot_outcomes', 'Variant', 'detection_rows', 'detection_table', 'readable',
            'score_table', 'plot_scores', 'roc_table', 'plot_roc', 'growth_table', 'plot_growth', 'latency_table',
-           'bit_table', 'plot_bits', 'mitigation_table', 'reference_experiment', 'reference_table', 'plot_reference',
-           'svg', 'render']
+           'bit_table', 'plot_bits', 'mitigation_table', 'readable_repairs', 'reference_experiment', 'reference_table',
+           'plot_reference', 'svg', 'render']
 
 # %% ../nbs/10_analysis.ipynb #8ac45767
 import base64, io
@@ -38,10 +38,10 @@ def interval(
     if n == 0: return np.nan, np.nan
     return tuple(float(v) for v in proportion_confint(k, n, 1 - level, method))
 
-def show_rate(k:int, n:int) -> str:
-    "A rate as a table shows it: `k/n = rate [interval]`"
+def show_rate(k:int, n:int, lo:float|None=None, hi:float|None=None) -> str:
+    "A rate as a table shows it: `k/n = rate [interval]`; Wilson's, unless another is given"
     if n == 0: return '0/0'
-    lo, hi = interval(k, n)
+    if lo is None: lo, hi = interval(k, n)
     return f'{k}/{n} = {k / n:.1%} [{lo:.1%}, {hi:.1%}]'
 
 # %% ../nbs/10_analysis.ipynb #a5bafc04
@@ -131,7 +131,7 @@ def detection_table(
 def readable(found:pd.DataFrame, fpr:float) -> pd.DataFrame:
     "Detection of SDCs at one target rate: one row per rule and tests, one column per error model, first the measured FPR"
     f = found[(found.target_fpr == fpr) & (found.outcome == 'SDC')]
-    cell = f.assign(column=f.target + ' ' + f.model, cell=[f'{k}/{n} = {x:.1%} [{a:.1%}, {b:.1%}]' for k, n, x, a, b in zip(f.k, f.n, f.rate, f.lo, f.hi)])
+    cell = f.assign(column=f.target + ' ' + f.model, cell=[show_rate(*row) for row in zip(f.k, f.n, f.lo, f.hi)])
     wide = cell.pivot_table('cell', ['rule', 'tests'], 'column', aggfunc='first', sort=False)
     false = f.drop_duplicates(['rule', 'tests']).set_index(['rule', 'tests'])
     wide.insert(0, 'measured FPR', [show_rate(int(k), int(n)) for k, n in zip(false.fpr_k, false.fpr_n)])
@@ -252,6 +252,14 @@ def mitigation_table(
             rows.append(dict(repair=name, target=target, model=model, clean_right=int(before.sum()), images=len(labels), faulty_right=int((pred[i] == labels[g.image]).sum()), faults=len(g),
                              **{f'recovered_{c}': x for c, x in back.items()}, changed=int((pred[i] != g.clean_pred).sum())))
     return pd.DataFrame(rows)
+
+# %% ../nbs/10_analysis.ipynb #ff238ebc
+def readable_repairs(mit:pd.DataFrame) -> pd.DataFrame:
+    "`mitigation_table` as people read it"
+    back = [show_rate(*row) for row in zip(mit.recovered_k, mit.recovered_n, mit.recovered_lo, mit.recovered_hi)]
+    share = lambda k, n: [f'{a}/{b}' for a, b in zip(k, n)]
+    return pd.DataFrame({'repair': mit.repair, 'faults in': mit.target + ' ' + mit.model, 'right, clean': share(mit.clean_right, mit.images), 'right, with faults': share(mit.faulty_right, mit.faults),
+                         'SDCs given the fault-free answer': back, 'answers still changed': share(mit.changed, mit.faults)}).set_index('repair')
 
 # %% ../nbs/10_analysis.ipynb #2c0f376a
 def reference_experiment(

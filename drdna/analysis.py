@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .core import Layer, layers as find_layers
 from .detection import REFERENCE_LAYERS, REFERENCE_STORED, RULES, DrDNA, ReferenceDNA, apply_rule, fit_rule, judge, threshold
-from .injection import Run, flip, repeat_fault, run
+from .engine import Run, run
+from .injection import flip, repeat_fault
 from .profiling import Profile, profile
 from .scoring import bins_of
 

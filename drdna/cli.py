@@ -20,7 +20,8 @@ from . import __version__
 from . import analysis as an
 from .data_model import Recipe, cifar10_splits, loader, sample, train, trained_resnet18
 from .detection import DrDNA, collect_clean, threshold
-from .injection import draw_neurons, draw_weights, flip, flips, run, stuck_at, uniform
+from .engine import run
+from .injection import draw_neurons, draw_weights, flip, flips, stuck_at, uniform
 from .mitigation import Restrict, clamp, zero
 from .profiling import profile
 

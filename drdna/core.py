@@ -6,8 +6,9 @@ Docs: https://drdna.github.io/drdna/core.html.md"""
 
 # %% auto #0
 __all__ = ['PHASES', 'call_model', 'device_of', 'to_device', 'undisturbed', 'tensors', 'get_item', 'put_item', 'Layer',
-           'logical_shape', 'is_monitored', 'layers', 'draw_sites', 'coordinates', 'read_sites', 'Cohort', 'Call',
-           'view', 'unview', 'Tap', 'Recorder', 'structure', 'weights_hash']
+           'logical_shape', 'is_monitored', 'child_free', 'layers', 'batch_tensors', 'draw_sites', 'coordinates',
+           'read_sites', 'Cohort', 'Call', 'view', 'unview', 'Tap', 'at_call', 'has_hooks', 'is_tapped', 'mitigate',
+           'Recorder', 'structure', 'weights_hash']
 
 # %% ../nbs/00_core.ipynb #8eff5e04
 import copy, hashlib, math, threading, weakref
@@ -56,9 +57,9 @@ def undisturbed(model:nn.Module):
 
 # %% ../nbs/00_core.ipynb #f9b29d96
 def tensors(out, item:tuple=()): # Any nesting of tuples, lists, dictionaries and dataclasses
-    "All floating-point tensors in `out`, each with the keys that lead to it"
+    "All floating-point and int8 tensors in `out`, each with the keys that lead to it"
     if isinstance(out, Tensor):
-        if out.is_floating_point(): yield item, out
+        if out.is_floating_point() or out.dtype == torch.int8: yield item, out
     elif isinstance(out, Mapping):
         for k, v in out.items(): yield from tensors(v, item + (k,))
     elif isinstance(out, (tuple, list)):
@@ -134,13 +135,18 @@ def _dry_run(model, batch, forward):
     def leave(m, args, out):
         first = next(tensors(out), None)
         if not open_calls.pop() and first: found.append((m, first[0], tuple(first[1].shape), first[1].dtype))
-    hooks = [h for m in model.modules() for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    mine = [m for n, m in model.named_modules() if 'parametrizations' not in n.split('.')]  # they compute weights, not activations
+    hooks = [h for m in mine for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     try:
         with undisturbed(model): call_model(model, to_device(batch, device_of(model)), forward)
     finally:
         for h in hooks: h.remove()
     names = {m: n for n, m in model.named_modules()}
     return [(names[m], type(m).__name__, m, *rest) for m, *rest in found]
+
+def child_free(model:nn.Module, batch, forward:Callable|None=None) -> set:
+    "The modules that call no other module"
+    return {m for _, _, m, *_ in _dry_run(model, batch, forward)}
 
 # %% ../nbs/00_core.ipynb #d1932478
 def layers(
@@ -151,7 +157,7 @@ def layers(
     batch_size:int|None=None, # Samples in `batch`; default: first axis of its first tensor
 ) -> list[Layer]: # In execution order
     "The layers of `model`, found by a dry run; raises `ValueError` for unknown names or if nothing is left"
-    n = batch_size or next((x.shape[0] for x in _batch_tensors(batch)), 1)
+    n = batch_size or next((x.shape[0] for x in batch_tensors(batch)), 1)
     calls, found = {}, []
     for path, kind, module, item, shape, dtype in _dry_run(model, batch, forward):
         calls[path] = call = calls.get(path, 0) + 1
@@ -161,12 +167,12 @@ def layers(
     return [replace(l, calls=calls[l.path]) for l in _select(found, want)]
 
 # %% ../nbs/00_core.ipynb #0c75ad7c
-def _batch_tensors(batch):
+def batch_tensors(batch):
     "All tensors of a batch, integer ones (token ids) too"
     if isinstance(batch, Tensor): yield batch
-    elif isinstance(batch, Mapping): yield from _batch_tensors(tuple(batch.values()))
+    elif isinstance(batch, Mapping): yield from batch_tensors(tuple(batch.values()))
     elif isinstance(batch, (tuple, list)):
-        for b in batch: yield from _batch_tensors(b)
+        for b in batch: yield from batch_tensors(b)
 
 def _select(found, want):
     "The `Layer`s that pass the test `want`, or that it names"
@@ -329,6 +335,31 @@ def _module(model, layer):
     except AttributeError: raise ValueError(f'layer {layer.name}: the model has no module {layer.path!r}') from None
     if type(m).__name__ != layer.kind: raise ValueError(f'layer {layer.name}: expected a {layer.kind}, the model has a {type(m).__name__}')
     return m
+
+# %% ../nbs/00_core.ipynb #f3891328
+def at_call(module:nn.Module, n:int):
+    "The next call of `module` in this thread counts as its n-th"
+    if module in _hooks: _hooks[module].count.n = n - 1
+
+def has_hooks(module:nn.Module) -> bool:
+    "Whether forward hooks other than taps hang on `module`"
+    return len(module._forward_hooks) > (module in _hooks)
+
+def is_tapped(module:nn.Module, but:'Tap|None'=None) -> bool:
+    "Whether anybody hangs on the output of `module`, apart from one tap"
+    hook = _hooks.get(module)
+    return has_hooks(module) or any(t is not but for t in (hook.taps if hook else ()))
+
+def mitigate(
+    layer:Layer, # Whose output it is
+    module:nn.Module, # The layer's module
+    out, # An output of it
+): # The output as the taps of the `mitigate` phase leave it
+    "Apply the repairs that are open on a layer; they see its output only, for there is no call"
+    for tap in _hooks[module].taps if module in _hooks else ():
+        mine = tap.calls.get(module, {}).get(layer.call)
+        if tap.phase == 'mitigate' and mine: out = tap.run(mine, module, (), {}, out)
+    return out
 
 # %% ../nbs/00_core.ipynb #8e6b9ff5
 class Recorder(Tap):

@@ -31,7 +31,7 @@ class Restrict(Tap):
         p:Profile, # Its profile
         how=clamp, # `clamp`, `zero`, or any `f(x, lo, hi) -> x`
     ):
-        ranges = dict(zip([l.name for l in p.layers], p.range.tolist()))
+        ranges = p.ranges
         super().__init__(model, p.layers, lambda x, call: how(x, *ranges[call.layer.name]), 'mitigate')
 
 # %% ../nbs/07_mitigation.ipynb #75e7d6f1

@@ -67,6 +67,10 @@ class Profile:
         whole = self.values.shape[2] > max(map(len, self.sites))
         return Cohort(self.layers, self.sites, self.extremes if whole else None)
 
+    @property
+    def ranges(self) -> dict: # Layer name to `(lo, hi)`
+        return {l.name: tuple(r) for l, r in zip(self.layers, self.range.tolist())}
+
 # %% ../nbs/02_profiling.ipynb #c268c4dd
 def profile(
     model:nn.Module, # The fault-free network

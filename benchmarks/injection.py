@@ -2,7 +2,8 @@
 
 Same network, images, fault list, machine and thread for all; the tools take turns within each round. drdna runs the
 whole list in every round, the others one piece of it per round (their time per fault does not fall with the length of
-the list), and batch 1 a tenth of that. Writes injection.csv (one row per tool and round), bound.csv and injection.svg.
+the list), and batch 1 a tenth of that. Writes injection.csv (one row per tool and round), bound.csv (one row per
+round) and injection.svg.
 """
 import argparse, math, time
 from contextlib import contextmanager
@@ -35,10 +36,19 @@ def swept(net, x, batch, faults, found, **kw):
     "drdna's outputs, faults in the order of the list"
     return run(net, x.split(batch), faults, found, images=len(x), **kw).answers
 
+@contextmanager
+def whole_samples():
+    "While open, sweeps compute no part of a feature map without the rest of it"
+    strike, narrow = Sweep._strike_window, Sweep._narrow
+    Sweep._strike_window, Sweep._narrow = lambda *_: None, lambda *_: False
+    try: yield
+    finally: Sweep._strike_window, Sweep._narrow = strike, narrow
+
 def tools(kind, net, x, batch, found):
     "`{(tool, batch): outputs of a fault list}`; weights run on all images, in batches"
     shaped = lambda out: out.reshape(-1, out.shape[-1])
     res = {('drdna', batch): lambda f: swept(net, x, batch, f, found)}
+    if kind == 'neurons': res['drdna, whole samples', batch] = whole_samples()(lambda f: swept(net, x, batch, f, found))
     for tool in ('hooks', 'pytorchfi', 'mrfi'):
         for b in (batch, 1) if kind == 'neurons' else (batch,):
             res[tool, b] = lambda f, go=getattr(peers, f'{tool}_{kind}'), b=b: shaped(go(net, x, f, b))
@@ -53,20 +63,21 @@ def fault_list(kind, net, x, found, n):
 
 def share(faults, tool, batch, k, rounds, full, part):
     "The part of the list that a tool runs in round k"
-    if tool == 'drdna': return faults
+    if tool.startswith('drdna'): return faults
     piece = faults.iloc[k * len(faults) // rounds:(k + 1) * len(faults) // rounds]
     return piece.iloc[:max(int(len(piece) * part) // (1 if batch == full else 10), 1)]
 
 def same(a, b): return (torch.eq(_bits(a.nan_to_num(1.5)), _bits(b.nan_to_num(1.5)))).all(-1)
 
 def measure(name, kind, n, images, batch, rounds, part):
-    "One row per tool and round: seconds, and how many faulty outputs have the same bits (the same prediction) as drdna's"
+    "Of tools and of the bound, a row per round: seconds, and how many faulty outputs have the same bits (the same prediction) as drdna's"
     net, x = network(name, images)
     found = [l for l in layers(net, x[:2]) if isinstance(net.get_submodule(l.path), peers.TYPES)]
-    faults, rows = fault_list(kind, net, x, found, n), []
+    faults, rows, bounds = fault_list(kind, net, x, found, n), [], []
     go, per = tools(kind, net, x, batch, found), len(x) if kind == 'weights' else 1
-    with torch.no_grad(): net(x[:batch]) # warm up
+    differing = differing_rows(net, x, batch, faults, found) # warms up, too
     for k in range(rounds):
+        bounds.append(dict(network=name, target=kind, round=k, runs=n * per, **bound(step_times(net, x[:batch]), differing, n * per)))
         order = list(go)
         for tool, b in order[k % len(order):] + order[:k % len(order)]:
             mine = share(faults, tool, b, k, rounds, batch, part)
@@ -80,7 +91,7 @@ def measure(name, kind, n, images, batch, rounds, part):
         mine = golden[first * per:(first + r['faults']) * per]
         r |= dict(runs=len(out), same_bits=int(same(out, mine).sum()), same_prediction=int((out.argmax(-1) == mine.argmax(-1)).sum()))
         print({k: v for k, v in r.items() if k != 'out'}, flush=True)
-    return rows, (net, x, found, faults)
+    return rows, bounds
 
 # ---------------------------------------------------------------- the bound
 
@@ -93,8 +104,14 @@ def counting():
         if e.start == 0: counts[ch[0].name] = counts.get(ch[0].name, 0) + len(e.rows)
         return through(self, ch, e, v, True if v.golden is not None else look)
     Cut.chains, Sweep._through = single, count
-    try: yield counts
+    try:
+        with whole_samples(): yield counts
     finally: Cut.chains, Sweep._through = chains, through
+
+def differing_rows(net, x, batch, faults, found):
+    "How many rows differ from the fault-free run in the input of each step, over all faults"
+    with counting() as counts: swept(net, x, batch, faults, found)
+    return counts
 
 def step_times(net, x, repeats=7):
     "Seconds per row of each step of a fault-free forward: the median"
@@ -110,13 +127,9 @@ def step_times(net, x, repeats=7):
                 times.setdefault(s.name, []).append(time.perf_counter() - start)
     return {s: float(np.median(t)) / len(x) for s, t in times.items()}
 
-def bound(name, kind, net, x, found, faults, batch):
+def bound(per, differing, runs):
     "Lower bound without partial recomputation: the time of the steps whose input differs from the fault-free one"
-    per, rows = step_times(net, x[:batch]), {}
-    with counting() as rows: swept(net, x, batch, faults, found)
-    clean = sum(per.values())
-    runs = len(faults) * (len(x) if kind == 'weights' else 1)
-    return dict(network=name, target=kind, runs=runs, bound_seconds=sum(per[s] * n for s, n in rows.items()), whole_seconds=runs * clean)
+    return dict(bound_seconds=sum(per[s] * n for s, n in differing.items()), whole_seconds=runs * sum(per.values()))
 
 # ---------------------------------------------------------------- results
 
@@ -133,7 +146,7 @@ def summary(t):
 
 def chart(s):
     "Bars: how many times faster drdna is than each tool"
-    s = s[s.tool != 'drdna'].assign(peer=lambda d: d.tool + ', batch ' + d.batch.astype(str), case=lambda d: d.network + ', ' + d.target)
+    s = s[~s.tool.str.startswith('drdna')].assign(peer=lambda d: d.tool + ', batch ' + d.batch.astype(str), case=lambda d: d.network + ', ' + d.target)
     cases = s.case.unique()
     fig, axs = plt.subplots(1, len(cases), figsize=(1.8 + 1.9 * len(cases), 2.6), layout='constrained', squeeze=False, sharey=False)
     for ax, case in zip(axs[0], cases):
@@ -142,7 +155,8 @@ def chart(s):
         ax.axvline(1, color='k', lw=.8); ax.set_title(case, size=8); ax.set_xlabel('times faster', size=8); ax.tick_params(labelsize=7); ax.invert_yaxis()
     return fig
 
-CASES = {'resnet18': dict(neurons=(5120, 128, 32), weights=(500, 100, 100)), 'vgg16': dict(neurons=(96, 8, 8), weights=(12, 8, 8)), 'vit_b_16': dict(neurons=(96, 8, 8), weights=(12, 8, 8))}
+# network: faults, images and batch size for each target
+CASES = {'resnet18': dict(neurons=(20480, 128, 32), weights=(500, 100, 100)), 'vgg16': dict(neurons=(96, 8, 8), weights=(12, 8, 8)), 'vit_b_16': dict(neurons=(96, 8, 8), weights=(12, 8, 8))}
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,15 +172,13 @@ def main():
     rows, bounds = [], []
     for name in a.networks:
         for kind in a.targets:
-            new, (net, x, found, faults) = measure(name, kind, *CASES[name][kind], a.rounds, a.part if kind == 'weights' else 1)
-            rows += new
-            if name == 'resnet18': bounds.append(bound(name, kind, net, x, found, faults, CASES[name][kind][2]))
+            for old, new in zip((rows, bounds), measure(name, kind, *CASES[name][kind], a.rounds, a.part if kind == 'weights' else 1)): old += new
             t = pd.DataFrame(rows)
             t.to_csv(a.out / 'injection.csv', index=False)
             pd.DataFrame(bounds).to_csv(a.out / 'bound.csv', index=False)
     s = summary(t)
     chart(s).savefig(a.out / 'injection.svg')
     print(s.round(2).to_string(index=False))
-    print(pd.DataFrame(bounds).round(2).to_string(index=False))
+    print(pd.DataFrame(bounds).groupby(['network', 'target'], sort=False)[['runs', 'bound_seconds', 'whole_seconds']].median().round(2))
 
 if __name__ == '__main__': main()

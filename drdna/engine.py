@@ -69,7 +69,7 @@ class Step:
     module: nn.Module|None # The module, if it is one
     name: str # The layer's name; a function's has brackets, so that no layer can have it
     call: int = 1 # Which call of the module
-    heavy: bool = False # Whether it has weights: worth a look at its input before
+    heavy: bool = False # Whether it takes long: worth a look at its input before
     mutates: bool = False # Whether it changes an argument in place
     redirected: bool = False # Whether later steps read what it changed
     touches: set = field(default_factory=set) # Memory that it reads, by address
@@ -88,6 +88,8 @@ def _attr(root, path):
     return root
 
 # %% ../nbs/04b_engine.ipynb #842ae1d6
+_POOLS = nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d # slow on a CPU, and behind a ReLU at which half of all faults end
+
 def _step(whole, node, calls):
     "The step of one node; `calls` counts the calls of each module"
     if node.op == 'placeholder': return Step(node, None, None, f'{node.name}()')
@@ -96,7 +98,7 @@ def _step(whole, node, calls):
         path = node.target.removeprefix('model').removeprefix('.')
         calls[path] = n = calls.get(path, 0) + 1
         m = whole.get_submodule(node.target)
-        return Step(node, m, m, path if n == 1 else f'{path}#{n}', n, any(p.ndim > 1 for p in m.parameters()))
+        return Step(node, m, m, path if n == 1 else f'{path}#{n}', n, any(p.ndim > 1 for p in m.parameters()) or isinstance(m, _POOLS))
     fn = {'call_function': lambda: node.target, 'call_method': lambda: lambda x, *a, **k: getattr(x, node.target)(*a, **k), 'get_attr': lambda: lambda: _attr(whole, node.target)}[node.op]()
     return Step(node, fn, None, f'{node.name}()', heavy=any(i.op == 'get_attr' for i in node.all_input_nodes))
 
@@ -157,10 +159,15 @@ def take(
 
 def _bits(t): return bits_of(t) if t.is_floating_point() else torch.view_as_real(t) if t.is_complex() else t
 
+def _words(*ts):
+    "The same bits in words of eight bytes, where they can be had: these are compared as fast as a single one"
+    fit = all(t.ndim > 1 and t.is_contiguous() and t.shape[-1] * t.element_size() % 8 == 0 == t.storage_offset() * t.element_size() % 8 for t in ts)
+    return [t.view(torch.int64) for t in ts] if fit else ts
+
 def differs(a:Tensor, b:Tensor, layout:tuple) -> Tensor: # bool `(N,)`
     "Which samples of two leaves differ in any bit"
-    d = (_bits(a) != _bits(b)).movedim(layout[0], 0)
-    return (d.unflatten(0, (-1, layout[1])) if layout[1] > 1 else d).flatten(1).any(1) if d.ndim > 1 else d
+    d = rows_first(torch.ne(*_words(_bits(a), _bits(b))), *layout)
+    return _words(d.flatten(1))[0].any(1) if d.ndim > 1 else d
 
 def _equal(a, b):
     if not isinstance(a, Tensor): return type(a) == type(b) and a == b
@@ -256,7 +263,7 @@ def _try_rows(self:Cut, batch) -> list[int]: # Batch sizes at which every step g
             if m != n: s.consts[m] = [None if l else v for l, v in zip(s.layouts, pytree.tree_leaves(envs[m][node]))]
             if m in good and not self._agrees(s, golden[node], envs[m][node], draws[m], spoilt=m == n): good.discard(m)
             if m not in good and m not in (n, other): del envs[m]  # the other one still tells where batch axes are
-        if n not in good: raise Uncuttable(f'at {s.name} the bits of a sample depend on its neighbours or on its place in the batch')
+        if n not in good: raise Uncuttable(f'at {s.name} the bits of a sample depend on its neighbours or on its place in the batch' + ', which torch.set_num_threads(1) may change' * (torch.get_num_threads() > 1))
         s.consts[n] = [None if l else v for l, v in zip(s.layouts, pytree.tree_leaves(golden[node]))]
         for i in node.all_input_nodes:
             left[i] -= 1
@@ -325,7 +332,7 @@ def room(self:Cut, chains:list) -> list[int]: # Bytes, for each chain
         alive += self.steps[ch[-1].node].bytes
         joined.append(alive + self.steps[ch[-1].node].bytes)  # a value, and the parts that it is joined from
     later = np.maximum.accumulate(joined[::-1])[::-1]
-    return [max(int(l), 2 * max(self.steps[s.node].bytes for s in ch), 1) for l, ch in zip(later, chains)]
+    return [max(int(l), 1) for l in later]
 
 # %% ../nbs/04b_engine.ipynb #a144b283
 class Local(NamedTuple):
@@ -409,20 +416,29 @@ class Value:
     "A step's output: fault-free, and where faults changed it"
     golden: object # For the batch
     rows: Tensor|None = None # Dirty rows, ascending, int64; None without any
-    dirty: list|None = None # Leaves with one sample per dirty row
+    parts: list = field(default_factory=list) # `(first, leaves)`: dirty rows from number `first` on, one sample each
     windows: list = field(default_factory=list) # Further dirty rows, of which only windows differ
+
+@patch
+def some(self:Value, lo:int, hi:int, layouts:list) -> list:
+    "Leaves of the dirty rows number lo to hi"
+    found = []
+    for (first, leaves), end in zip(self.parts, [f for f, _ in self.parts[1:]] + [len(self.rows)]):
+        a, b = max(lo, first), min(hi, end)
+        if a < b: found.append([t.narrow(l[0], (a - first) * l[1], (b - a) * l[1]) if l else None for t, l in zip(leaves, layouts)])
+    return found[0] if len(found) == 1 else [torch.cat(ts, l[0]) if l else None for l, *ts in zip(layouts, *found)]
 
 class Entry(NamedTuple):
     "Rows that enter a chain"
     start: int # The step that comes next
     rows: Tensor # Which, ascending
-    leaves: list|None = None # Output of the step before; None: what earlier chains left in the values
+    leaves: list|Callable|None = None # Output of the step before, or `f(slice of the rows)` that makes it; None: what earlier chains left in the values
 
 def _gathered(ch:list, entries:list[Entry]) -> list[Entry]:
     "Entries at the same step as one, so that few batches are part empty"
     groups = {}
-    for e in entries: groups.setdefault((e.start, e.leaves is None), []).append(e)
-    return [g[0] if len(g) == 1 else _joined(g, ch[start - 1].layouts) for (start, _), g in groups.items()]
+    for e in entries: groups.setdefault(id(e) if callable(e.leaves) else (e.start, e.leaves is None), []).append(e)
+    return [g[0] if len(g) == 1 else _joined(g, ch[g[0].start - 1].layouts) for g in groups.values()]
 
 def _joined(group, layouts) -> Entry:
     rows, order = torch.cat([e.rows for e in group]).sort()
@@ -493,7 +509,7 @@ def _chain(self:Sweep, ch:list):
         if s.name in self.layers: self._show(s.name, self.raw[s.name], None)
         if s.name in self.load.struck:
             if (e := self._strike_window(s, j, values)): narrow.append(e)
-            else: entries.append(Entry(j + 1, *self._strike(s, values)))
+            else: entries.append(self._strike(s, j, values))
         if s.module in self.load.stored: entries += self._store(s, values)
     self.env[ch[-1].node] = v = Value(values[ch[-1].node])
     look = any(u.op == 'output' or self.cut.steps[u].heavy for u in ch[-1].node.users) or ch[-1] is self.cut.output
@@ -520,20 +536,22 @@ def _apart(self:Sweep, head:Step, rows):
 
 # %% ../nbs/04b_engine.ipynb #e17fe7a8
 @patch
-def _strike(self:Sweep, s:Step, values) -> tuple[Tensor, list]:
-    "The rows struck at a layer, and their leaves"
+def _strike(self:Sweep, s:Step, j:int, values) -> Entry:
+    "The rows struck at a layer; their values are made when they are run, a few at a time, and so stay in the cache"
     (rows, hit), layer = self.load.struck[s.name], self.layers[s.name]
-    x = take(unview(layer, self.raw[s.name]), (layer.batch_dim, layer.groups), self.load.image[rows])
-    hit.strike(view(replace(layer, item=()), x))
-    return rows, self._mend(s, values, rows, x)
+    raw = unview(layer, self.raw[s.name])
+    def some(part):
+        x = take(raw, (layer.batch_dim, layer.groups), self.load.image[rows[part]])
+        hit.of(part).strike(view(replace(layer, item=()), x))
+        return self._mend(s, values, rows[part], x)
+    return Entry(j + 1, rows, some)
 
 @patch
 def _mend(self:Sweep, s:Step, values, rows, x) -> list:
     "Leaves of a step whose layer has the value `x` at some rows: observed, then repaired"
     if s.name not in self.layers: return [x]
     image, layer = self.load.image[rows], self.layers[s.name]
-    leaves = [take(t, l, image) if l else t for t, l in zip(pytree.tree_leaves(values[s.node]), s.layouts)]
-    out = put_item(s.tree(leaves), layer.item, x)
+    out = x if layer.item == () else put_item(s.tree([take(t, l, image) if l else t for t, l in zip(pytree.tree_leaves(values[s.node]), s.layouts)]), layer.item, x)
     self._show(s.name, view(layer, out), rows)
     return pytree.tree_leaves(mitigate(layer, s.module, out))
 
@@ -669,7 +687,7 @@ def _through(self:Sweep, ch:list, e:Entry, v:Value, look:bool) -> list[tuple]: #
         self.now = rows = e.rows[i:i + self.cut.size]
         m = len(rows)
         pad = torch.arange(next(b for b in self.cut.sizes if b >= m), device=rows.device).clamp(max=m - 1)
-        values = {ch[e.start - 1].node: self._piece(ch[e.start - 1], e.leaves, i, m, pad)} if e.leaves else {}
+        values = {ch[e.start - 1].node: self._entering(ch[e.start - 1], e, i, m, pad)} if e.leaves else {}
         with self._named(rows):
             for s in ch[e.start:]:
                 for n in s.node.all_input_nodes:  # once: attention asks whether query, key and value are one object
@@ -692,14 +710,14 @@ def _alive(self:Sweep, rows, leaves, s:Step, v:Value) -> tuple:
 # %% ../nbs/04b_engine.ipynb #62aea31f
 @patch
 def _join(self:Sweep, v:Value, s:Step, parts:list):
-    "Put the rows that left a chain together, in order"
+    "Keep the rows that left a chain, in order; as the pieces that they are, unless those overlap"
     if not parts: return
-    rows = torch.cat([r for r, _ in parts])
-    leaves = [torch.cat([p[i] for _, p in parts], l[0]) if l else None for i, l in enumerate(s.layouts)] if len(parts) > 1 else parts[0][1]
-    if len(rows) > 1 and not (rows[1:] > rows[:-1]).all():
-        rows, order = rows.sort()
-        leaves = [take(t, l, order) if l else None for t, l in zip(leaves, s.layouts)]
-    v.rows, v.dirty = rows, leaves
+    parts.sort(key=lambda p: int(p[0][0]))
+    v.rows = torch.cat([r for r, _ in parts])
+    v.parts = list(zip(np.cumsum([0, *(len(r) for r, _ in parts[:-1])]).tolist(), (p for _, p in parts)))
+    if (v.rows[1:] < v.rows[:-1]).any():
+        leaves, (v.rows, order) = v.some(0, len(v.rows), s.layouts), v.rows.sort()
+        v.parts = [(0, [take(t, l, order) if l else None for t, l in zip(leaves, s.layouts)])]
 
 # %% ../nbs/04b_engine.ipynb #7355a49f
 _MANY = (8, 64) # How many windows run together
@@ -803,6 +821,11 @@ def _keep(self:Sweep, w:Narrow, node, v:Value, look:bool):
 
 # %% ../nbs/04b_engine.ipynb #0eb1caae
 @patch
+def _entering(self:Sweep, s:Step, e:Entry, i:int, m:int, pad) -> object:
+    "Samples i to i + m of what enters behind a step"
+    return self._piece(s, e.leaves(slice(i, i + m)), 0, m, pad) if callable(e.leaves) else self._piece(s, e.leaves, i, m, pad)
+
+@patch
 def _piece(self:Sweep, s:Step, leaves, i:int, m:int, pad) -> object:
     "Samples i to i + m of a step's leaves, filled up to a proven size"
     cut = lambda t, l: t.narrow(0, i * l[1], m * l[1]) if l[0] == 0 and m == len(pad) else t.index_select(l[0], _slices(pad + i, l[1]))
@@ -815,14 +838,14 @@ def _fetch(self:Sweep, node, rows, pad):
     s, v = self.cut.steps[node], self.env[node]
     if not s.live: return s.tree(s.consts[len(pad)])
     lo, hi = (0, 0) if v.rows is None else torch.searchsorted(v.rows, torch.stack([rows[0], rows[-1] + 1])).tolist()
-    if hi - lo == len(rows) and torch.equal(v.rows[lo:hi], rows): return self._piece(s, v.dirty, lo, hi - lo, pad)
+    if hi - lo == len(rows) and torch.equal(v.rows[lo:hi], rows): return self._piece(s, v.some(lo, hi, s.layouts), 0, hi - lo, pad)
     leaves = [take(g, l, self.load.image[rows[pad]]) if l else c for g, l, c in zip(pytree.tree_leaves(v.golden), s.layouts, s.consts[len(pad)])]
     if hi > lo:
         sub = v.rows[lo:hi]
         at = torch.searchsorted(rows, sub).clamp(max=len(rows) - 1)
         hit = rows[at] == sub  # rows of faults that run apart are not among these
-        for t, d, l in zip(leaves, v.dirty, s.layouts):
-            if l: t.index_copy_(l[0], _slices(at[hit], l[1]), take(d, l, lo + hit.nonzero()[:, 0]))
+        for t, d, l in zip(leaves, v.some(lo, hi, s.layouts), s.layouts):
+            if l: t.index_copy_(l[0], _slices(at[hit], l[1]), take(d, l, hit.nonzero()[:, 0]))
     for w in v.windows:
         at = torch.searchsorted(w.rows, rows).clamp(max=len(w.rows) - 1)
         hit, zero = (w.rows[at] == rows).nonzero()[:, 0], torch.zeros_like(rows)
@@ -866,7 +889,7 @@ def result(self:Sweep) -> tuple[Tensor, Tensor]: # `(N, …)` without fault, `(R
     if not s.layouts[0]: raise ValueError('the output has no batch axis')
     golden = rows_first(v.golden, *s.layouts[0])
     out = golden[self.load.image]
-    if v.rows is not None: out[v.rows] = rows_first(v.dirty[0], *s.layouts[0])
+    if v.rows is not None: out[v.rows] = rows_first(v.some(0, len(v.rows), s.layouts)[0], *s.layouts[0])
     return golden, out
 
 # %% ../nbs/04b_engine.ipynb #6bfb7124

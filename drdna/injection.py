@@ -483,6 +483,11 @@ class Struck(NamedTuple):
     def strike(self, x:Tensor):
         "Change `x`, `(N, *shape)`, in place"
         x[self.where] = apply_masks(x[self.where], self.masks)
+    def of(self, part:slice):
+        "What it does to some rows of the batch, counted from the first of them; its rows ascend"
+        lo, hi = torch.searchsorted(self.where[0], torch.tensor([part.start, part.stop], device=self.where[0].device)).tolist()
+        row, *at = (w[lo:hi] for w in self.where)
+        return Struck((row - part.start, *at), Masks(*(m[lo:hi] for m in self.masks)))
 
 def strikes(
     layers:list[Layer], # The network's layers

@@ -2,8 +2,8 @@
 
 Same network, images, fault list, machine and thread for all; the tools take turns within each round. drdna runs the
 whole list in every round, the others one piece of it per round (their time per fault does not fall with the length of
-the list), and batch 1 a tenth of that. Writes injection.csv (one row per tool and round), bound.csv (one row per
-round) and injection.svg.
+the list), of the two large networks' lists a part of that, and batch 1 a tenth. Writes injection.csv (one row per tool and round), bound.csv (one row per
+round), where.csv (where drdna's time goes) and injection.svg.
 """
 import argparse, math, time
 from contextlib import contextmanager
@@ -32,9 +32,9 @@ def network(name, images):
         if p.ndim > 1 and not p.any(): p.normal_(std=.02) # a head of zeros would mask every fault
     return net, torch.randn(images, 3, 224, 224)
 
-def swept(net, x, batch, faults, found, **kw):
+def swept(net, x, batch, faults, found):
     "drdna's outputs, faults in the order of the list"
-    return run(net, x.split(batch), faults, found, images=len(x), **kw).answers
+    return run(net, x.split(batch), faults, found, images=len(x), memory=2**32).answers
 
 @contextmanager
 def whole_samples():
@@ -44,11 +44,11 @@ def whole_samples():
     try: yield
     finally: Sweep._strike_window, Sweep._narrow = strike, narrow
 
-def tools(kind, net, x, batch, found):
+def tools(kind, net, x, batch, found, bounded):
     "`{(tool, batch): outputs of a fault list}`; weights run on all images, in batches"
     shaped = lambda out: out.reshape(-1, out.shape[-1])
     res = {('drdna', batch): lambda f: swept(net, x, batch, f, found)}
-    if kind == 'neurons': res['drdna, whole samples', batch] = whole_samples()(lambda f: swept(net, x, batch, f, found))
+    if kind == 'neurons' and bounded: res['drdna, whole samples', batch] = whole_samples()(lambda f: swept(net, x, batch, f, found))
     for tool in ('hooks', 'pytorchfi', 'mrfi'):
         for b in (batch, 1) if kind == 'neurons' else (batch,):
             res[tool, b] = lambda f, go=getattr(peers, f'{tool}_{kind}'), b=b: shaped(go(net, x, f, b))
@@ -69,15 +69,20 @@ def share(faults, tool, batch, k, rounds, full, part):
 
 def same(a, b): return (torch.eq(_bits(a.nan_to_num(1.5)), _bits(b.nan_to_num(1.5)))).all(-1)
 
-def measure(name, kind, n, images, batch, rounds, part):
-    "Of tools and of the bound, a row per round: seconds, and how many faulty outputs have the same bits (the same prediction) as drdna's"
+def measure(name, kind, n, images, batch, part, rounds):
+    """Rows for injection.csv, bound.csv and where.csv
+
+    A row per tool and round has the seconds, and how many faulty outputs have the same bits (the same prediction) as drdna's.
+    """
     net, x = network(name, images)
     found = [l for l in layers(net, x[:2]) if isinstance(net.get_submodule(l.path), peers.TYPES)]
     faults, rows, bounds = fault_list(kind, net, x, found, n), [], []
-    go, per = tools(kind, net, x, batch, found), len(x) if kind == 'weights' else 1
-    differing = differing_rows(net, x, batch, faults, found) # warms up, too
+    bounded = name == 'resnet18' # the bound takes long; one network shows it
+    go, per = tools(kind, net, x, batch, found, bounded), len(x) if kind == 'weights' else 1
+    with torch.no_grad(): net(x[:batch]) # warm up
+    differing = differing_rows(net, x, batch, faults, found) if bounded else None
     for k in range(rounds):
-        bounds.append(dict(network=name, target=kind, round=k, runs=n * per, **bound(step_times(net, x[:batch]), differing, n * per)))
+        if bounded: bounds.append(dict(network=name, target=kind, round=k, runs=n * per, **bound(step_times(net, x[:batch]), differing, n * per)))
         order = list(go)
         for tool, b in order[k % len(order):] + order[:k % len(order)]:
             mine = share(faults, tool, b, k, rounds, batch, part)
@@ -86,12 +91,13 @@ def measure(name, kind, n, images, batch, rounds, part):
             seconds = time.perf_counter() - start
             if tool == 'drdna': golden = out
             rows.append(dict(network=name, target=kind, tool=tool, batch=b, round=k, faults=len(mine), images=per, seconds=seconds, out=out, first=mine.index[0]))
+    parts = [dict(network=name, target=kind, part=p, seconds=s) for p, s in where(net, x, batch, faults, found).items()]
     for r in rows: # after the clock has stopped
         out, first = r.pop('out'), r.pop('first')
         mine = golden[first * per:(first + r['faults']) * per]
         r |= dict(runs=len(out), same_bits=int(same(out, mine).sum()), same_prediction=int((out.argmax(-1) == mine.argmax(-1)).sum()))
         print({k: v for k, v in r.items() if k != 'out'}, flush=True)
-    return rows, bounds
+    return rows, bounds, parts
 
 # ---------------------------------------------------------------- the bound
 
@@ -131,6 +137,39 @@ def bound(per, differing, runs):
     "Lower bound without partial recomputation: the time of the steps whose input differs from the fault-free one"
     return dict(bound_seconds=sum(per[s] * n for s, n in differing.items()), whole_seconds=runs * sum(per.values()))
 
+# ---------------------------------------------------------------- where the time goes
+
+PARTS = {'trials': [(Cut, '__init__'), (Sweep, '_proven')], 'fault-free run': [(Cut, 'fresh')], 'whole samples': [(Sweep, '_through')], 'windows': [(Sweep, '_through_windows'), (Sweep, '_strike_window')],
+         'one channel of a layer': [(Sweep, '_together')], 'comparing': [(Sweep, '_alive'), (Sweep, '_keep')], 'fetching and joining': [(Sweep, '_fetch'), (Sweep, '_join'), (Sweep, '_entering')]}
+
+@contextmanager
+def stopwatch():
+    "While open: `{part: seconds}`, each without the parts that run inside it"
+    times, inside, before = dict.fromkeys(PARTS, 0.), [0.], {}
+    def timed(part, f):
+        def go(*args, **kw):
+            start = time.perf_counter()
+            inside.append(0.)
+            try: return f(*args, **kw)
+            finally:
+                took = time.perf_counter() - start
+                times[part] += took - inside.pop()
+                inside[-1] += took
+        return go
+    for part, places in PARTS.items():
+        for cls, name in places:
+            before[cls, name] = getattr(cls, name)
+            setattr(cls, name, timed(part, before[cls, name]))
+    try: yield times
+    finally:
+        for (cls, name), f in before.items(): setattr(cls, name, f)
+
+def where(net, x, batch, faults, found):
+    "Seconds of each part of one run of drdna"
+    start = time.perf_counter()
+    with stopwatch() as times: swept(net, x, batch, faults, found)
+    return times | {'lists, tables and the rest': time.perf_counter() - start - sum(times.values())}
+
 # ---------------------------------------------------------------- results
 
 def summary(t):
@@ -155,30 +194,35 @@ def chart(s):
         ax.axvline(1, color='k', lw=.8); ax.set_title(case, size=8); ax.set_xlabel('times faster', size=8); ax.tick_params(labelsize=7); ax.invert_yaxis()
     return fig
 
-# network: faults, images and batch size for each target
-CASES = {'resnet18': dict(neurons=(20480, 128, 32), weights=(500, 100, 100)), 'vgg16': dict(neurons=(96, 8, 8), weights=(12, 8, 8)), 'vit_b_16': dict(neurons=(96, 8, 8), weights=(12, 8, 8))}
+# network: for each target faults, images, batch size, and the part of its list that another tool runs over all rounds
+CASES = {'resnet18': dict(neurons=(20480, 128, 32, 1), weights=(500, 100, 100, 1)),
+         'vgg16': dict(neurons=(1024, 8, 8, 1/16), weights=(48, 8, 8, 1/4)), 'vit_b_16': dict(neurons=(1024, 8, 8, 1/16), weights=(48, 8, 8, 1/4))}
+
+def write(file, rows):
+    "Put rows into a table; those of other networks and targets stay"
+    if not rows: return
+    new = pd.DataFrame(rows)
+    old = pd.read_csv(file) if file.exists() else new[:0]
+    case = lambda t: t.network + ' ' + t.target
+    pd.concat([old[~case(old).isin(case(new))], new]).to_csv(file, index=False)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--networks', nargs='+', default=list(CASES), choices=list(CASES))
     p.add_argument('--targets', nargs='+', default=['neurons', 'weights'])
     p.add_argument('--rounds', type=int, default=3)
-    p.add_argument('--part', type=float, default=1., help='how much of a list of weight faults the other tools run')
     p.add_argument('--threads', type=int, default=1)
     p.add_argument('--out', type=Path, default=FOLDER)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     a.out.mkdir(parents=True, exist_ok=True)
-    rows, bounds = [], []
     for name in a.networks:
         for kind in a.targets:
-            for old, new in zip((rows, bounds), measure(name, kind, *CASES[name][kind], a.rounds, a.part if kind == 'weights' else 1)): old += new
-            t = pd.DataFrame(rows)
-            t.to_csv(a.out / 'injection.csv', index=False)
-            pd.DataFrame(bounds).to_csv(a.out / 'bound.csv', index=False)
-    s = summary(t)
+            found = measure(name, kind, *CASES[name][kind], a.rounds)
+            for file, rows in zip(('injection', 'bound', 'where'), found): write(a.out / f'{file}.csv', rows)
+    s = summary(pd.read_csv(a.out / 'injection.csv'))
     chart(s).savefig(a.out / 'injection.svg')
     print(s.round(2).to_string(index=False))
-    print(pd.DataFrame(bounds).groupby(['network', 'target'], sort=False)[['runs', 'bound_seconds', 'whole_seconds']].median().round(2))
+    print(pd.read_csv(a.out / 'bound.csv').groupby(['network', 'target'], sort=False)[['runs', 'bound_seconds', 'whole_seconds']].median().round(2))
 
 if __name__ == '__main__': main()

@@ -65,7 +65,7 @@ def measure(model, data:dict, args) -> dict:
     p = profile(model, batches['profile'], k=args.sites, seed=args.seed)
     det = DrDNA.fit(p, args.bins)
     fit = det.tables.tests(p.values)
-    cal = collect_clean(model, batches['calibrate'], det)
+    cal = collect_clean(model, batches['calibrate'], {'drdna': det})['drdna']
     faults = fault_list(model, p.layers, args.faults, len(data['evaluate']), args.seed)
     repairs = {how.__name__: partial(Restrict, model, p, how) for how in (clamp, zero)}
     r = run(model, batches['evaluate'], faults, p.layers, {'drdna': det}, repairs, desc='evaluate, inject, mitigate')

@@ -11,6 +11,7 @@ __all__ = ['RULES', 'REFERENCE_LAYERS', 'REFERENCE_STORED', 'threshold', 'Verdic
 # %% ../nbs/05_detection.ipynb #87fa8d86
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -136,18 +137,19 @@ def to(self:DrDNA, device) -> DrDNA:
 def collect_clean(
     model:nn.Module, # The fault-free network
     data:Iterable, # Batches of inputs
-    detector, # Anything with `layers`, `observe` and `collect`
+    detectors:dict, # Name to anything with `layers`, `observe` and `collect`
     forward:Callable|None=None, # `forward(model, batch)`, if the default call does not fit
     desc:str='calibrate', # What the progress bar says
-) -> Tensor: # What `collect` gives, one row per input; raises `ValueError` without any
-    "What a detector collects on clean inputs"
-    rows, device = [], device_of(model)
-    with undisturbed(model), Recorder(model, detector.layers, detector.observe) as rec:
+) -> dict: # Name to what `collect` gives, one row per input; raises `ValueError` without any
+    "What detectors collect on clean inputs, in one pass"
+    rows, device = {n: [] for n in detectors}, device_of(model)
+    with undisturbed(model), ExitStack() as stack:
+        recs = {n: stack.enter_context(Recorder(model, d.layers, d.observe)) for n, d in detectors.items()}
         for batch in tqdm(data, desc=desc):
             call_model(model, to_device(batch, device), forward)
-            rows.append(detector.collect(rec.take()).cpu())
-    if not rows: raise ValueError('the loader yields no batch: nothing to calibrate on')
-    return torch.cat(rows)
+            for n, d in detectors.items(): rows[n].append(d.collect(recs[n].take()).cpu())
+    if not all(rows.values()): raise ValueError(f'the loader yields no batch: nothing to {desc}')
+    return {n: torch.cat(v) for n, v in rows.items()}
 
 # %% ../nbs/05_detection.ipynb #cf683ac9
 REFERENCE_LAYERS = ['conv1', 'bn1', *(f'layer{i}.0.{m}' for i in (1, 2, 3, 4) for m in ('conv1', 'bn1', 'conv2', 'bn2')), 'avgpool']

@@ -87,7 +87,7 @@ def calibrate(self:Guard,
     forward:Callable|None=None, # `forward(model, batch)`, if the default call does not fit
 ) -> Guard:
     "Set the threshold from `data`; raises `ValueError`, and keeps the old one, if there is too little of it"
-    m = self.detector.statistic(collect_clean(self.model, data, self.detector, forward)).amax(-1)
+    m = self.detector.statistic(collect_clean(self.model, data, {'guard': self.detector}, forward)['guard']).amax(-1)
     self.threshold, self.info = threshold(m, fpr), self.info | {'fpr': fpr, 'calibrated': len(m)}
     return self
 

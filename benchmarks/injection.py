@@ -2,7 +2,7 @@
 
 Same network, images, fault list, machine and thread for all; the tools take turns within each round. drdna runs the
 whole list in every round, the others one piece of it per round (their time per fault does not fall with the length of
-the list), of the two large networks' lists a part of that, and batch 1 a tenth. Writes injection.csv (one row per tool and round), bound.csv (one row per
+the list; of the slowest lists a part of that, see CASES), and batch 1 a tenth. Writes injection.csv (one row per tool and round), bound.csv (one row per
 round), where.csv (where drdna's time goes) and injection.svg.
 """
 import argparse, math, time
@@ -77,7 +77,7 @@ def measure(name, kind, n, images, batch, part, rounds):
     net, x = network(name, images)
     found = [l for l in layers(net, x[:2]) if isinstance(net.get_submodule(l.path), peers.TYPES)]
     faults, rows, bounds = fault_list(kind, net, x, found, n), [], []
-    bounded = name == 'resnet18' # the bound takes long; one network shows it
+    bounded = name == 'resnet18' # the bound, and where the time goes, take long to measure; one network shows them
     go, per = tools(kind, net, x, batch, found, bounded), len(x) if kind == 'weights' else 1
     with torch.no_grad(): net(x[:batch]) # warm up
     differing = differing_rows(net, x, batch, faults, found) if bounded else None
@@ -91,7 +91,7 @@ def measure(name, kind, n, images, batch, part, rounds):
             seconds = time.perf_counter() - start
             if tool == 'drdna': golden = out
             rows.append(dict(network=name, target=kind, tool=tool, batch=b, round=k, faults=len(mine), images=per, seconds=seconds, out=out, first=mine.index[0]))
-    parts = [dict(network=name, target=kind, part=p, seconds=s) for p, s in where(net, x, batch, faults, found).items()]
+    parts = [dict(network=name, target=kind, part=p, seconds=s) for p, s in where(net, x, batch, faults, found).items()] if bounded else []
     for r in rows: # after the clock has stopped
         out, first = r.pop('out'), r.pop('first')
         mine = golden[first * per:(first + r['faults']) * per]
@@ -195,8 +195,8 @@ def chart(s):
     return fig
 
 # network: for each target faults, images, batch size, and the part of its list that another tool runs over all rounds
-CASES = {'resnet18': dict(neurons=(20480, 128, 32, 1), weights=(500, 100, 100, 1)),
-         'vgg16': dict(neurons=(1024, 8, 8, 1/16), weights=(48, 8, 8, 1/4)), 'vit_b_16': dict(neurons=(1024, 8, 8, 1/16), weights=(48, 8, 8, 1/4))}
+CASES = {'resnet18': dict(neurons=(20480, 128, 32, 1), weights=(500, 100, 100, 1/3)),
+         'vgg16': dict(neurons=(512, 8, 8, 1/8), weights=(24, 8, 8, 1/4)), 'vit_b_16': dict(neurons=(512, 8, 8, 1/8), weights=(24, 8, 8, 1/4))}
 
 def write(file, rows):
     "Put rows into a table; those of other networks and targets stay"

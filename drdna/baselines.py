@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .core import Layer
 from .detection import collect_clean
 
-# %% ../nbs/06_baselines.ipynb #0a5904d9
+# %% ../nbs/06_baselines.ipynb #ddac68b6
 class LayerDetector:
     "Reduces the output of each layer to a few numbers and compares them with what is usual; a subclass has `reduce` and `judge_layers`, and may `learn`"
     def __init__(self,
@@ -33,8 +33,9 @@ class LayerDetector:
     def learn(self, clean:Tensor): "Take from clean records, `(n, L, R)`, what is usual"
 
     def statistic(self, records:Tensor) -> Tensor: # `(N, L)`
-        "How unusual each layer looks; what is not a number is as unusual as can be"
-        return self.judge_layers(records).nan_to_num(torch.inf, torch.inf)
+        "How unusual each layer looks; a statistic that is not finite is as unusual as can be"
+        s = self.judge_layers(records)
+        return torch.where(s.isfinite(), s, torch.inf)
 
 
 def fit_detectors(

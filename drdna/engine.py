@@ -137,9 +137,17 @@ def _layout(a, b, n, m):
 
 def _slices(rows, groups): return rows if groups == 1 else (rows[:, None] * groups + torch.arange(groups, device=rows.device)).flatten()
 
+def _overlaps(t):
+    "Whether two elements of a tensor share memory, as after `expand` or `unfold`"
+    end = 1
+    for step, n in sorted((s, n) for s, n in zip(t.stride(), t.shape) if n > 1):
+        if step < end: return True
+        end += step * (n - 1)
+    return False
+
 def _like(t:Tensor, like:Tensor, axis:int) -> Tensor:
     "`t` with its values where `like` has them in memory, relative to each other and to a cache line: a kernel may choose by that"
-    if 0 in like.stride(): return t.contiguous()
+    if _overlaps(like): return t.contiguous()
     if axis == 0 and like.stride(0) >= max(like.stride()):
         shift = like.storage_offset() % 64
         if t.stride() == like.stride() and t.storage_offset() % 64 == shift: return t
@@ -161,12 +169,13 @@ def _bits(t): return bits_of(t) if t.is_floating_point() else torch.view_as_real
 
 def _words(*ts):
     "The same bits in words of eight bytes, where they can be had: these are compared as fast as a single one"
-    fit = all(t.ndim > 1 and t.is_contiguous() and t.shape[-1] * t.element_size() % 8 == 0 == t.storage_offset() * t.element_size() % 8 for t in ts)
+    fit = all(t.ndim > 1 and t.is_contiguous() and not any(n * t.element_size() % 8 for n in (t.shape[-1], t.storage_offset(), *t.stride()[:-1])) for t in ts)
     return [t.view(torch.int64) for t in ts] if fit else ts
 
 def differs(a:Tensor, b:Tensor, layout:tuple) -> Tensor: # bool `(N,)`
     "Which samples of two leaves differ in any bit"
-    d = rows_first(torch.ne(*_words(_bits(a), _bits(b))), *layout)
+    a, b = _bits(a), _bits(b)
+    d = rows_first(torch.ne(*(_words(a, b) if layout[0] < a.ndim - 1 else (a, b))), *layout)  # a word must not reach into the next sample
     return _words(d.flatten(1))[0].any(1) if d.ndim > 1 else d
 
 def _equal(a, b):
@@ -242,7 +251,10 @@ def _try_whole(self:Cut, batch):
 @patch
 def _draws(self:Cut) -> dict: # Size to rows
     g, n = torch.Generator().manual_seed(0), self.size
-    return {m: torch.randint(n, (m,), generator=g) for m in {n, *(2**i for i in range(1, 13) if 2**i < n), *([3] if n == 2 else [])}}
+    def elsewhere(m):  # none in its own place
+        rows, place = torch.randint(n, (m,), generator=g), torch.arange(m)
+        return torch.where(rows == place, (rows + 1) % n, rows)
+    return {m: elsewhere(m) for m in {n, *(2**i for i in range(1, 13) if 2**i < n), *([3] if n == 2 else [])}}
 
 def _spoilt(batch, n): return pytree.tree_map(lambda t: t.index_fill(0, torch.tensor([0], device=t.device), torch.nan) if isinstance(t, Tensor) and t.is_floating_point() and t.ndim and len(t) == n else t, batch)
 
@@ -277,6 +289,7 @@ def _try_rows(self:Cut, batch) -> list[int]: # Batch sizes at which every step g
 def _shape(self:Cut, s:Step, golden, other, m:int):
     "Layouts, shape and size of a step's output, from its values with the whole batch and with m samples"
     leaves, s.spec = pytree.tree_flatten(golden)
+    if s.spec != pytree.tree_structure(other): raise Uncuttable(f'how many values {s.name} gives depends on the batch')
     s.layouts = [_layout(a, b, self.size, m) for a, b in zip(leaves, pytree.tree_leaves(other))]
     s.shape = tuple(golden.shape[1:]) if isinstance(golden, Tensor) else ()
     s.bytes = sum(t.nbytes for t, l in zip(leaves, s.layouts) if l) // self.size
@@ -328,7 +341,7 @@ def room(self:Cut, chains:list) -> list[int]: # Bytes, for each chain
         for s in ch:
             for i in s.node.all_input_nodes:
                 left[i] -= 1
-                if not left[i] and i not in {t.node for t in ch}: alive -= self.steps[i].bytes
+                if not left[i] and self.steps[i].fn is not None and i not in {t.node for t in ch}: alive -= self.steps[i].bytes
         alive += self.steps[ch[-1].node].bytes
         joined.append(alive + self.steps[ch[-1].node].bytes)  # a value, and the parts that it is joined from
     later = np.maximum.accumulate(joined[::-1])[::-1]
@@ -466,14 +479,14 @@ class Watch:
         self.observer, self.place = observer, {l.name: i for i, l in enumerate(observer.layers)}
         self.golden, self.faulty = [None] * len(self.place), [None] * len(self.place)
 
-    def begin(self, image): self.faulty = [None if g is None else g[image] for g in self.golden]
+    def begin(self, image): self.faulty = [None if g is None else g[image.to(g.device)] for g in self.golden]
 
     def see(self, name, x, rows, image):
         "Look at `x`, the value of a layer: of the whole batch without fault, or of some rows"
         if (i := self.place.get(name)) is None: return
         seen = self.observer.observe(x, i)
-        if rows is None: self.golden[i], self.faulty[i] = seen, seen[image]
-        else: self.faulty[i][rows] = seen
+        if rows is None: self.golden[i], self.faulty[i] = seen, seen[image.to(seen.device)]
+        else: self.faulty[i][rows.to(seen.device)] = seen
 
 # %% ../nbs/04b_engine.ipynb #f54dc4a7
 class Sweep:
@@ -491,7 +504,7 @@ class Sweep:
 
     def _tap(self, x, call):
         "The value of a layer as the network computed it, before any repair"
-        if self.now is None: self.raw[call.layer.name] = x
+        if self.now is None: self.raw[call.layer.name] = x.clone() if is_tapped(call.module, but=self.tap) else x  # a repair may work in place
         else: self._show(call.layer.name, x[:len(self.now)], self.now)
 
     def _show(self, name, x, rows):
@@ -641,12 +654,12 @@ def _disjoint(faults:list) -> list[list]: # Of `(first row, fault list, channel)
 def _store(self:Sweep, s:Step, values) -> list[Entry]:
     "Rows of the faults in a module's stored tensors, after its step"
     entries, single, out, raw = [], [], values[s.node], self.raw.get(s.name)
-    alone = isinstance(out, Tensor) and s.layouts[0] == (0, 1)
+    alone, seen = isinstance(out, Tensor) and s.layouts[0] == (0, 1), s.name in self.layers or not is_tapped(s.module, but=self.tap)
     for first, faults, all_of_it in self.load.stored[s.module]:
         name = faults.layer.iloc[0]
         path, _, short = name.rpartition('.')
         once = all_of_it and faults.layer.nunique() == 1 and self.cut.owners[name] == [s] and self.cut.model.get_submodule(path) is s.module
-        c = _channel(s.module, short, faults['index'].to_numpy()) if once and alone else None
+        c = _channel(s.module, short, faults['index'].to_numpy()) if once and alone and seen else None
         if c is None: entries += self._own(s, first, faults)
         else: single.append((first, faults, c))
     entries += [e for group in _disjoint(single) for e in self._together(s, group, values, raw)]
@@ -688,13 +701,18 @@ def _through(self:Sweep, ch:list, e:Entry, v:Value, look:bool) -> list[tuple]: #
         m = len(rows)
         pad = torch.arange(next(b for b in self.cut.sizes if b >= m), device=rows.device).clamp(max=m - 1)
         values = {ch[e.start - 1].node: self._entering(ch[e.start - 1], e, i, m, pad)} if e.leaves else {}
+        kept = {_address(t) for v in values.values() for t in _tensors_of(v)}  # memory that others read, too
         with self._named(rows):
             for s in ch[e.start:]:
                 for n in s.node.all_input_nodes:  # once: attention asks whether query, key and value are one object
-                    if n not in values: values[n] = self._fetch(n, rows, pad)
-                values[s.node] = self.cut.call(s, values.__getitem__)
+                    if n in values: continue
+                    values[n] = self._fetch(n, rows, pad)
+                    kept |= {_address(t) for t in _tensors_of(values[n])}
+                theirs = s.mutates and any(_address(t) in kept for n in s.node.all_input_nodes for t in _tensors_of(values[n]))
+                values[s.node] = self.cut.fresh(s, values) if theirs else self.cut.call(s, values.__getitem__)
         leaves = [t.narrow(l[0], 0, m * l[1]) if l else None for t, l in zip(pytree.tree_leaves(values[last.node]), last.layouts)]
         if look: rows, leaves = self._alive(rows, leaves, last, v)
+        leaves = [t.clone() if l and t.untyped_storage().nbytes() > 2 * t.nbytes else t for t, l in zip(leaves, last.layouts)]  # a slice would keep the whole alive
         if len(rows): res.append((rows, leaves))
     return res
 
@@ -750,7 +768,7 @@ def _step_windows(self:Sweep, ch:list, w:Narrow, values) -> Narrow|None:
     many = next(b for b in _MANY if b >= len(w.rows))
     if not self._proven(s, how, values, size, many): return None
     pad = torch.arange(many, device=w.rows.device).clamp(max=len(w.rows) - 1)
-    if how.same_place and w.x is not None and len(s.node.all_input_nodes) == 1: x = how.run(w.x[pad].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    if how.same_place and w.x is not None and s.node.args == (ch[w.start - 1].node,): x = how.run(w.x[pad].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     else: x = self._run_local(s, how, values, self.load.image[w.rows[pad]], [a[pad] for a in low], size, lambda n, x, at: self._fill(ch, w, n, x, at))
     x = x[:len(w.rows)]
     return Narrow(w.start + 1, w.rows, *low, size, x)
@@ -975,7 +993,7 @@ def sweeps(self:Cut,
     deal = list(self._dealt(faults, chains, memory)) or [faults.assign(chain=0, count=0)]
     loads = [self._load(heads, faults, layers, device) for heads in deal]
     starts = [0, *(int(heads.chain.iloc[0]) for heads in deal[1:]), None]
-    env = {n: Value(v) for n, v in self.inputs(batch).items()} | {n: Value(s.tree(s.consts[self.size])) for n, s in self.steps.items() if s.fn is not None and not s.live}
+    env = {n: Value(v) for n, v in self.inputs(_copy(batch)).items()} | {n: Value(s.tree(s.consts[self.size])) for n, s in self.steps.items() if s.fn is not None and not s.live}
     for k, load in enumerate(loads):
         sweep = Sweep(self, chains, self._watched(load, watches, layers), watches, load)
         env = sweep.run(env, starts[k], starts[k + 1])
@@ -984,10 +1002,13 @@ def sweeps(self:Cut,
         if len(load.fault): yield Ran(load.fault, load.image.cpu().numpy(), out, {n: w.observer.collect(w.faulty) for n, w in watches.items()})
 
 # %% ../nbs/04b_engine.ipynb #b0312667
-def rounds(faults:pd.DataFrame) -> Iterable[pd.DataFrame]:
+def rounds(
+    faults:pd.DataFrame, # Faults on a batch
+    together:bool=True, # Whether samples are apart, so that each may carry a fault
+) -> Iterable[pd.DataFrame]:
     "Faults in groups that can be carried together: one stored fault, or one neuron fault per sample"
     heads = faults[faults.part == 0]
-    turn = heads.groupby('slot').cumcount().where(heads.target == 'neuron', -1 - heads.fault)
+    turn = heads.groupby('slot').cumcount().where(together & (heads.target == 'neuron'), -1 - heads.fault)
     yield from (part for _, part in faults.groupby(faults.fault.map(dict(zip(heads.fault, turn))), sort=False))
 
 @contextmanager
@@ -998,6 +1019,22 @@ def _recording(model, observers):
         yield lambda: {name: o.collect(rec.take()) for name, (o, rec) in recs.items()}
 
 # %% ../nbs/04b_engine.ipynb #e6905ffc
+def _answer(out, n) -> Tensor: # `(N, ...)`
+    "The first tensor of an output, its samples along the first axis"
+    found = next(tensors(out), None)
+    shape = logical_shape(found[1].shape, n) if found else None
+    if shape is None: raise ValueError('the output has no floating-point tensor with a batch axis; let `forward` give one')
+    return rows_first(found[1], *shape[1:])
+
+def _are_apart(go:Callable, batch, out:Tensor) -> bool:
+    "Whether other samples in its place leave the answers of the rest as they are, bit for bit; otherwise each fault needs a forward to itself"
+    n = len(out)
+    place = torch.arange(n, device=out.device)
+    def keeps(other, stay): return _equal(out[stay], go(other)[stay])
+    def swapped(stay): return pytree.tree_map(lambda t: t[torch.where(stay, place, place.flip(0)).to(t.device)] if isinstance(t, Tensor) and t.ndim and len(t) == n else t, batch)
+    try: return n == 1 or keeps(_spoilt(batch, n), place > 0) and all(keeps(swapped(stay), stay) for stay in (place % 2 == 0, place % 2 == 1))
+    except Exception: return False  # a network may refuse what is no input of its kind
+
 def whole(
     model:nn.Module, # The network
     batch, # One batch, on its device
@@ -1009,12 +1046,11 @@ def whole(
     "Run all faults on one batch, each in a whole forward"
     with _recording(model, observers) as seen:
         n = len(_tensors_of(batch)[0])
-        def go():
-            out = next(tensors(call_model(model, _copy(batch), forward)))[1]
-            return rows_first(out, *logical_shape(out.shape, n)[1:])
+        def go(batch=batch): return _answer(call_model(model, _copy(batch), forward), n)
         out = go()
         yield Ran(None, np.arange(len(out)), out, seen())
-        for part in rounds(faults):
+        together = faults.empty or _are_apart(go, batch, out)
+        for part in rounds(faults, together):
             heads, stored = part[part.part == 0], part.target.iloc[0] != 'neuron'
             at = np.arange(len(out)) if stored else heads.slot.to_numpy(copy=True)
             with _naming(heads.fault), written(model, part) if stored else NeuronFaults(model, layers.values(), part, at): out = go()
@@ -1055,6 +1091,7 @@ class _Log:
 # %% ../nbs/04b_engine.ipynb #3d7ea907
 def _prepared(model, faults, layers, n, repairs) -> pd.DataFrame:
     "A checked fault list with the columns `fault` and `image`"
+    if 'target' not in faults: raise ValueError("the fault list has no column 'target'")
     if 'none' in (repairs or ()): raise ValueError("a repair cannot be named 'none': that is the network without any")
     neuron = faults.target == 'neuron'
     if len(odd := faults[~faults.target.isin(['neuron', 'weight', 'bias', 'buffer'])]): raise ValueError(f'fault {odd.index[0]}: target {odd.target.iloc[0]!r}; choose neuron, weight, bias or buffer')
@@ -1115,6 +1152,7 @@ def run(
     desc:str='inject', # What the progress bar says
 ) -> Run:
     "Run every fault once and compare with the fault-free run of the same batch; raises `ValueError` for a bad list before anything runs"
+    if images is None and not hasattr(data, 'dataset'): raise ValueError('say how many inputs there are (images=): this data has no dataset that could be counted')
     faults, repairs, observers = _prepared(model, faults, layers, images or len(data.dataset), repairs), {'none': nullcontext, **(repairs or {})}, observers or {}
     logs = {name: _Log(faults[faults.part == 0], criterion) for name in repairs}
     cuts, known = _Cuts(model, forward, sweep), {l.name: l for o in observers.values() for l in o.layers} | {l.name: l for l in layers}

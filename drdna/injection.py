@@ -455,7 +455,8 @@ def check_faults(
     "Raise one `ValueError` naming the first fault that is not of these places, their bounds or their dtypes"
     if lost := [c for c in COLUMNS if c not in faults and c not in ('p', 'bit', 'model', 'pattern')]: raise ValueError(f'the fault list has no column {lost[0]!r}')
     if faults.empty: raise ValueError('the fault list is empty')
-    if not pd.api.types.is_integer_dtype(faults['index']): raise ValueError(f"the column 'index' holds {faults['index'].dtype}, not whole numbers")
+    for c in ('index', 'part', 'keep', 'set', 'flip'):
+        if not pd.api.types.is_integer_dtype(faults[c]): raise ValueError(f'the column {c!r} holds {faults[c].dtype}, not whole numbers')
     known = {p.name: p for p in places}
     size, dtype = faults.layer.map({n: p.size for n, p in known.items()}), faults.layer.map({n: p.dtype for n, p in known.items()})
     half = 2.**(8 * faults.dtype.map(lambda d: getattr(getattr(torch, str(d), None), 'itemsize', 0)) - 1)
@@ -480,14 +481,16 @@ class Struck(NamedTuple):
     "What a fault list does to one layer's output"
     where: tuple # Row of the batch, then one index per axis of the logical shape, each `(n,)`
     masks: Masks # `(n,)`
+    dtype: str # That the masks are made for
     def strike(self, x:Tensor):
-        "Change `x`, `(N, *shape)`, in place"
+        "Change `x`, `(N, *shape)`, in place; raises `ValueError` for another dtype"
+        if str(x.dtype) != f'torch.{self.dtype}': raise ValueError(f'the faults are made for {self.dtype}, but the layer gives {x.dtype}: find the layers of the network as it is now')
         x[self.where] = apply_masks(x[self.where], self.masks)
     def of(self, part:slice):
         "What it does to some rows of the batch, counted from the first of them; its rows ascend"
         lo, hi = torch.searchsorted(self.where[0], torch.tensor([part.start, part.stop], device=self.where[0].device)).tolist()
         row, *at = (w[lo:hi] for w in self.where)
-        return Struck((row - part.start, *at), Masks(*(m[lo:hi] for m in self.masks)))
+        return self._replace(where=(row - part.start, *at), masks=Masks(*(m[lo:hi] for m in self.masks)))
 
 def strikes(
     layers:list[Layer], # The network's layers
@@ -499,7 +502,7 @@ def strikes(
     shapes, res = {l.name: l.shape for l in layers}, {}
     for name, at in faults.groupby(faults.layer.to_numpy(), sort=False).indices.items():
         index = coordinates(torch.tensor(faults['index'].to_numpy()[at]), shapes[name])
-        res[name] = Struck(tuple(c.to(device) for c in (torch.tensor(rows[at]), *index)), masks_of(faults.iloc[at], device))
+        res[name] = Struck(tuple(c.to(device) for c in (torch.tensor(rows[at]), *index)), masks_of(faults.iloc[at], device), faults.dtype.iloc[at[0]])
     return res
 
 # %% ../nbs/04_injection.ipynb #ea9e9f22
@@ -551,7 +554,8 @@ def written(model:nn.Module, faults:pd.DataFrame):
 
 # %% ../nbs/04_injection.ipynb #a59c9686
 def other_class(faulty:Tensor, golden:Tensor) -> Tensor: # bool `(N,)`
-    "SDC-1: another class is predicted than in the fault-free run"
+    "SDC-1: another class is predicted than in the fault-free run; raises `ValueError` for outputs without classes"
+    if golden.ndim < 2: raise ValueError(f'outputs of shape {tuple(golden.shape)} hold one number per sample, and no class: give a criterion')
     other = faulty.argmax(-1) != golden.argmax(-1)
     return other.flatten(1).any(1) if other.ndim > 1 else other
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd, pytest, torch, torch.nn.utils.prune, torchvision.models as tv
 from torch import nn
 
-from drdna.core import layers, weights_hash
+from drdna.core import Tap, layers, weights_hash
 from drdna.engine import Cut, Sweep, Uncuttable, run
 from drdna.injection import bits_of, channel, draw_neurons, draw_rate, draw_weights, flip, noise, row, same_row, scattered, stuck_at, uniform, written
 from drdna.mitigation import Restrict
@@ -279,6 +279,39 @@ class Shared(Two):
         y = self.a(x)
         return self.c(self.b(self.act(y)) + y)
 
+class Reread(Two):
+    "A value that is read, in the program, before a view of it is changed in place"
+    def forward(self, x):
+        y = self.a(x)
+        v = y.view(-1, 8, 8)
+        double = y * 2
+        return self.c(double + v.relu_().flatten(1))
+
+class Unfold(nn.Module):
+    def forward(self, x): return x.unfold(1, 8, 4)
+
+class Overlapping(Two):
+    "A layer whose values share memory"
+    def __init__(self):
+        super().__init__()
+        self.unfold, self.d = Unfold(), nn.Linear(8, 4)
+    def forward(self, x): return self.d(self.unfold(self.a(x)).relu()).flatten(1)
+
+class OneToken(Two):
+    "A pooled map as the only token of a sequence"
+    def __init__(self):
+        super().__init__()
+        self.d = nn.Linear(16, 32)
+    def forward(self, x): return self.d(self.a(x).unflatten(1, (16, 4)).mean(2, keepdim=True).transpose(1, 2)).squeeze(1)
+
+class TimeFirstAnswer(Two):
+    "An output whose batch axis is the last"
+    def __init__(self):
+        super().__init__()
+        self.d = nn.Linear(12, 1)
+        nn.init.constant_(self.d.bias, -.3)
+    def forward(self, x): return self.d(self.a(x)[:, :60].view(-1, 5, 12).transpose(0, 1)).relu().squeeze(-1)
+
 def clamped():
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(256, 32))
     conv = model[2]
@@ -298,6 +331,7 @@ def hooked():
 
 ODD = {'scale of the batch': lambda: Two(lambda s, y: (y / y.abs().max() * 127).round()), 'all or nothing': lambda: Two(lambda s, y: torch.where((y < 60).all(), y, 0)), 'assertion': lambda: Two(lambda s, y: y[(y.sum() > -1e9).long() * 0 + torch.arange(len(y))]),
        'slice': lambda: Two(lambda s, y: y[..., 1:65], 200), 'chunk': lambda: Two(lambda s, y: y.chunk(3, -1)[1], 192), 'dataclass': Wrapped, 'alias': Alias, 'names': Named, 'skip': Skip, 'shifting': Shifting, 'time first': TimeFirst, 'shared activation': Shared,
+       'read before': Reread, 'overlap': Overlapping, 'one token': OneToken, 'time first answer': TimeFirstAnswer, 'slice of a wide layer': lambda: Two(lambda s, y: y[..., :64], 65), 'list of samples': lambda: Two(lambda s, y: y * y.new_tensor(y.sum(1).tolist()).unsqueeze(1)),
        'replaced forward': clamped, 'pruned': pruned, 'hooked': hooked}
 
 @pytest.mark.filterwarnings('ignore')
@@ -341,3 +375,64 @@ def test_a_fault_is_of_one_kind_on_one_image():
     pair = draw_neurons(found, 1, flip(), pattern=scattered(k=2))
     for bad, says in ((pair.assign(image=[0, 1]), 'on different images'), (pd.concat([pair.iloc[:1], pair.iloc[:1].assign(part=1)]), 'twice'), (pair.assign(target='synapse'), "target 'synapse'"), (pair.assign(index=[.5, 1.5]), 'whole numbers')):
         with pytest.raises(ValueError, match=says): run(model, [x], bad.reset_index(drop=True), found, images=8)
+
+@pytest.mark.parametrize('sweep', (True, False))
+def test_where_samples_meet_a_fault_has_a_forward_to_itself(sweep):
+    torch.manual_seed(0)
+    model, x = ODD['scale of the batch']().eval().requires_grad_(False), torch.randn(8, 64)
+    found = layers(model, x)
+    faults = draw_neurons(found, 24, uniform(lo=-100, hi=100))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        go = lambda f: run(model, [x], f, found, images=8, sweep=sweep).answers
+        together, alone = go(faults), torch.cat([go(faults.iloc[[i]].assign(image=i % 8)) for i in range(24)])
+    assert same(together, alone)
+
+def test_windows_pass_through_sums_of_every_kind():
+    class Sums(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8 * 256, 9)
+        def forward(self, x):
+            y = (self.a(x) + 3).relu()
+            y = y + y
+            y += y
+            return self.c(self.b(torch.add(1 + y, 2)).flatten(1))
+    torch.manual_seed(0)
+    model, x = Sums().eval().requires_grad_(False), torch.randn(8, 3, 16, 16)
+    found = layers(model, x)
+    faults = draw_neurons(found, 80, uniform(lo=-100, hi=100))
+    assert agree(run(model, [x], faults, found, images=8), run(model, [x], faults, found, images=8, sweep=False))
+
+@pytest.mark.parametrize('known', (True, False))
+def test_repairs_in_place_and_across_channels(known):
+    torch.manual_seed(0)
+    model, x = Two().eval().requires_grad_(False), torch.randn(8, 64)
+    found = layers(model, x)
+    faults = draw_weights(model, 30, uniform(lo=-20, hi=20))
+    if known: faults = pd.concat([faults, draw_neurons(found, 60, flip())])
+    repairs = {'in place': lambda: Tap(model, found, lambda v, call: v.clamp_(-.3, .3), 'mitigate'), 'across': lambda: Tap(model, found, lambda v, call: torch.where(v.abs().amax(1, keepdim=True) > 3, 0, v), 'mitigate')}
+    fast, slow = (run(model, [x], faults, found if known else [], {'look': Look(found)} if known else {}, repairs, images=8, sweep=s) for s in (True, False))
+    assert agree(fast, slow) and all(agree(fast.repaired[n], slow.repaired[n]) for n in repairs)
+
+def test_memory_counts_what_a_row_takes():
+    model, x = nn.Sequential(nn.Linear(2048, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 4)).eval().requires_grad_(False), torch.randn(8, 2048)
+    with torch.no_grad(): cut = Cut(model, x)
+    assert cut.room(cut.chains(set()))[0] >= 2 * 512 * 4
+
+def test_a_bad_call_gets_one_clear_error():
+    class Number(Two):
+        def forward(self, x): return super().forward(x)[:, 0]
+    class Integers(Two):
+        def forward(self, x): return super().forward(x).argmax(1)
+    model, x = Two().eval().requires_grad_(False), torch.randn(8, 64)
+    found = layers(model, x)
+    faults = draw_neurons(found, 8, flip())
+    for bad, says in ((faults.drop(columns='target'), "no column 'target'"), (faults.assign(flip=.5), "'flip' holds float64"), (faults.assign(part='0'), "'part' holds")):
+        with pytest.raises(ValueError, match=says): run(model, [x], bad, found, images=8)
+    with pytest.raises(ValueError, match='images='): run(model, [x], faults, found)
+    for other, says in ((Number(), 'give a criterion'), (Integers(), 'no floating-point tensor')):
+        with pytest.raises(ValueError, match=says), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            run(other.eval().requires_grad_(False), [x], faults, found, images=8)
+    with pytest.raises(ValueError, match='made for float32, but the layer gives torch.float16'): run(model.half(), [x.half()], faults, found, images=8)

@@ -278,9 +278,9 @@ def accuracy(
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides the trained weights"
-    sizes:tuple = ((8, 16), (36, 32)) # (epochs, image size in px), one after the other
+    sizes:tuple = ((8, 16), (32, 32)) # (epochs, image size in px), one after the other
     batch:int = 256 # Images in a batch
-    lr:tuple = ((0, 0), (0.15, 0.2), (1, 0)) # (share of the steps, learning rate), straight lines between
+    lr:tuple = ((0, 0), (0.165, 0.2), (0.45, 0.139037), (1, 0)) # (share of the steps, learning rate), straight lines between
     momentum:float = 0.9 # Nesterov momentum
     weight_decay:float = 8e-4
     label_smoothing:float = 0.1

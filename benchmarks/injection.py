@@ -56,7 +56,7 @@ def tools(kind, net, x, batch, found, bounded):
 
 def fault_list(kind, net, x, found, n):
     "Single flips at random bits, uniformly over neurons (or weights) and bits"
-    if kind == 'weights': return draw_weights(net, n, flip(), names=[k for k, p in net.named_parameters() if p.ndim > 1 and k.endswith('weight') and isinstance(net.get_submodule(k[:-7]), peers.TYPES)])
+    if kind == 'weights': return draw_weights(net, n, flip(), names=[k for k, p in net.named_parameters() if p.ndim > 1 and k.endswith('.weight') and isinstance(net.get_submodule(k[:-7]), peers.TYPES)])
     return draw_neurons(found, n, flip()).assign(image=np.arange(n) % len(x))
 
 # ---------------------------------------------------------------- measuring
@@ -195,7 +195,7 @@ def chart(s):
     return fig
 
 # network: for each target faults, images, batch size, and the part of its list that another tool runs over all rounds
-CASES = {'resnet18': dict(neurons=(20480, 128, 32, 1), weights=(500, 100, 100, 1/3)),
+CASES = {'resnet18': dict(neurons=(20480, 128, 32, 1), weights=(2000, 100, 100, 1/12)),
          'vgg16': dict(neurons=(512, 8, 8, 1/8), weights=(24, 8, 8, 1/4)), 'vit_b_16': dict(neurons=(512, 8, 8, 1/8), weights=(24, 8, 8, 1/4))}
 
 def write(file, rows):

@@ -69,7 +69,8 @@ def measure(model, data:dict, args) -> dict:
     faults = fault_list(model, p.layers, args.faults, len(data['evaluate']), args.seed)
     repairs = {how.__name__: partial(Restrict, model, p, how) for how in (clamp, zero)}
     r = run(model, batches['evaluate'], faults, p.layers, {'drdna': det}, repairs, desc='evaluate, inject, mitigate')
-    reference = an.reference_experiment(model, loader(sample('profile')), batches['evaluate'], data['evaluate'].labels)
+    unseen = data['calibrate'] + data['evaluate']  # nothing is calibrated there: its thresholds come from its own clean scores
+    reference = an.reference_experiment(model, loader(sample('profile')), loader(unseen), unseen.labels)
     return dict(p=p, fit=fit, cal=cal, run=r, reference=reference, labels=data['evaluate'].labels.numpy())
 
 # %% ../nbs/11_cli.ipynb #762b3cfd
@@ -109,7 +110,7 @@ def sections(t:dict, cut:float, fpr:float) -> list[dict]:
     add('Detection latency', 'Layers between the faulted one and the alarm, over detected SDCs of neurons. Alarms before the faulted layer (early), and those that the fault-free twin raises too, are no detections.', 'latency', lambda d: d)
     add('Bit by bit', 'Random single flips: how often each bit becomes an SDC, and how many of these are detected.', 'bits', an.plot_bits)
     add('Mitigation', f'Right answers on clean images and under faults, SDCs that get the fault-free prediction back, and answers still changed. Re-execution acts on alarms at {100 * fpr:g} % FPR; it is computed, not run: an alarmed transient fault in a neuron gets the fault-free answer, a weight fault stays.', 'mitigation', an.readable_repairs)
-    add('The reference experiment: scores', 'Neuron (6, 7, 2) of layer2.0.conv1, bit 30, on every image that the network gets right. Left the score of the public reference repository, right the same with correct binning.', 'reference_scores', an.plot_reference)
+    add('The reference experiment: scores', 'Neuron (6, 7, 2) of layer2.0.conv1, bit 30, on every calibration and evaluation image that the network gets right (nothing is calibrated here). Left the score of the public reference repository, right the same with correct binning.', 'reference_scores', an.plot_reference)
     add('The reference experiment: rates', 'SDCs above the threshold that 5 %, 1 % and none of the clean scores pass (in-sample thresholds, as the reference takes them).', 'reference', lambda d: d.set_index('detector'))
     return res
 

@@ -7,7 +7,7 @@ Docs: https://drdna.github.io/drdna/data_model.html.md"""
 # %% auto #0
 __all__ = ['CLASSES', 'SPLITS', 'MEAN', 'STD', 'WEIGHTS', 'Images', 'asset', 'to_mosaic', 'from_mosaic', 'sample', 'normalize',
            'loader', 'check_cifar10', 'replace_file', 'cifar10', 'choose_heldout', 'heldout_indices', 'make_sample',
-           'resnet18', 'accuracy', 'Recipe', 'whiten_', 'augment', 'epoch_batches', 'SmallMapConv',
+           'resnet18', 'accuracy', 'Recipe', 'whiten_', 'cutout', 'augment', 'epoch_batches', 'SmallMapConv',
            'use_small_map_conv_', 'has_bf16', 'new_model', 'new_optimizer', 'train_epoch', 'save_checkpoint',
            'load_checkpoint', 'load_weights', 'write_result', 'cifar10_splits', 'train', 'trained_resnet18']
 
@@ -39,6 +39,7 @@ class Images:
     indices: Tensor # `int64`, (N,), places in the original file
     def __len__(self): return len(self.labels)
     def __getitem__(self, ix): return Images(self.images[ix], self.labels[ix], self.indices[ix])
+    def __add__(self, other): return Images(*(torch.cat([getattr(d, k) for d in (self, other)]) for k in ('images', 'labels', 'indices')))
     def to(self, device): return Images(self.images.to(device), self.labels.to(device), self.indices.to(device))
     __getitems__ = __getitem__ # how a `DataLoader` asks for a whole batch
     def __repr__(self): return f'Images(n={len(self)}, per class {self.labels.bincount(minlength=10).tolist()})'
@@ -278,9 +279,9 @@ def accuracy(
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides the trained weights"
-    sizes:tuple = ((8, 16), (32, 32)) # (epochs, image size in px), one after the other
+    phases:tuple = ((8, 16, 0), (32, 32, 0), (40, 32, 10)) # (epochs, image size in px, side of the square cut out in px), one after the other
     batch:int = 256 # Images in a batch
-    lr:tuple = ((0, 0), (0.165, 0.2), (0.45, 0.139037), (1, 0)) # (share of the steps, learning rate), straight lines between
+    lr:tuple = ((0, 0), (0.0825, 0.2), (0.225, 0.139037), (0.5, 0), (0.506, 0.1), (1, 0)) # (share of the steps, learning rate), straight lines between
     momentum:float = 0.9 # Nesterov momentum
     weight_decay:float = 8e-4
     label_smoothing:float = 0.1
@@ -291,12 +292,12 @@ class Recipe:
 @patch(as_prop=True)
 def epochs(self:Recipe)->int:
     "Number of epochs"
-    return sum(n for n, _ in self.sizes)
+    return sum(n for n, *_ in self.phases)
 
 @patch
-def size_at(self:Recipe, epoch:int)->int:
-    "Image size in px of an epoch, counted from 0"
-    return [s for n, s in self.sizes for _ in range(n)][epoch]
+def phase_at(self:Recipe, epoch:int)->tuple[int, int]:
+    "Image size and side of the square cut out, both in px, of an epoch, counted from 0"
+    return [(size, cut) for n, size, cut in self.phases for _ in range(n)][epoch]
 
 @patch
 def lr_at(self:Recipe, t:float)->float:
@@ -315,19 +316,31 @@ def whiten_(
     conv.weight.requires_grad_(False)
 
 # %% ../nbs/01_data_model.ipynb #85e71fac
+def cutout(
+    x:Tensor, # Normalised images, (N, C, H, W)
+    cut:int, # Side of the square in px
+    g:torch.Generator # Draws the corners, on the CPU; a square may reach over the border
+)->Tensor: # (N, C, H, W)
+    "Each image with a square set to 0, the mean colour (cutout: DeVries and Taylor, arXiv:1708.04552)"
+    def inside(n, first): return ((i := torch.arange(n)) >= first[:, None]) & (i < first[:, None] + cut)
+    rows, cols = (inside(n, torch.randint(1 - cut, n, (len(x),), generator=g)) for n in x.shape[2:])
+    return x.masked_fill((rows[:, None, :, None] & cols[:, None, None, :]).to(x.device), 0)
+
 def augment(
     x:Tensor, # Normalised images, (N, C, H, W)
     flip:Tensor, # `bool`, (N,): which ones to mirror
     pad:int, # Largest move in px
     size:int, # Height and width of the result in px
-    g:torch.Generator # Draws the moves, on the CPU
+    cut:int, # Side of the square cut out in px
+    g:torch.Generator # Draws the moves and the squares, on the CPU
 )->Tensor: # (N, C, size, size)
-    "Mirror, move and resize a batch"
+    "Mirror, move, cut a square out of and resize a batch"
     n, _, h, w = x.shape
     x = F.pad(torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x), (pad,)*4, mode='reflect')
     dy, dx = torch.randint(0, 2*pad + 1, (2, n), generator=g)
     ix = torch.arange(n)[:, None, None], (dy[:, None] + torch.arange(h))[:, :, None], (dx[:, None] + torch.arange(w))[:, None, :]
     x = x.permute(0, 2, 3, 1)[tuple(i.to(x.device) for i in ix)].permute(0, 3, 1, 2)
+    if cut: x = cutout(x, cut, g)
     return x if size == h else F.interpolate(x, size=(size, size), mode='bilinear', antialias=True)
 
 # %% ../nbs/01_data_model.ipynb #7dcfb05b
@@ -344,7 +357,7 @@ def epoch_batches(
     for ix in torch.randperm(len(data), generator=g).split(recipe.batch):
         if len(ix) < recipe.batch: return # an incomplete batch would need its own learning rate
         b = data[ix.to(device)]
-        yield augment(normalize(b.images), flip[ix.to(device)], recipe.pad, recipe.size_at(epoch), g), b.labels
+        yield augment(normalize(b.images), flip[ix.to(device)], recipe.pad, *recipe.phase_at(epoch), g), b.labels
 
 # %% ../nbs/01_data_model.ipynb #dab8435c
 class SmallMapConv(torch.autograd.Function):
@@ -492,7 +505,7 @@ def cifar10_splits(
 # %% ../nbs/01_data_model.ipynb #9671a477
 def _check(recipe, out, device):
     "The folder and the device that `train` will use; *raises* a clear error before any work"
-    if not recipe.sizes or any(n < 1 or s < 8 for n, s in recipe.sizes): raise ValueError(f'sizes: pairs of at least one epoch and at least 8 px, not {recipe.sizes}')
+    if not recipe.phases or any(n < 1 or size < 8 or not 0 <= cut <= 32 for n, size, cut in recipe.phases): raise ValueError(f'phases: each at least one epoch, an image size of at least 8 px and a square of 0 to 32 px, not {recipe.phases}')
     if recipe.batch < 2: raise ValueError(f'batch: at least 2, not {recipe.batch}')
     if sorted(recipe.lr) != list(recipe.lr): raise ValueError(f'lr: pairs of a share of the steps, rising, and a learning rate, not {recipe.lr}')
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -523,7 +536,7 @@ def train(
     on_device, done = data['train'].to(device), len(history)
     for epoch in range(recipe.epochs)[done:][:epochs]:
         loss = train_epoch(model, opt, on_device, recipe, epoch)
-        history.append(dict(epoch=epoch + 1, size=recipe.size_at(epoch), loss=round(loss, 4), heldout_right=accuracy(model, data['heldout'])))
+        history.append(dict(epoch=epoch + 1, size=recipe.phase_at(epoch)[0], loss=round(loss, 4), heldout_right=accuracy(model, data['heldout'])))
         save_checkpoint(out, recipe, model, opt, history)
     if len(history) < recipe.epochs: return None
     write_result(model, out, recipe, {k: d for k, d in data.items() if k != 'train'})

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 import drdna.data_model as dm
 from drdna.data_model import Recipe, accuracy, asset, heldout_indices, load_checkpoint, load_weights, loader, resnet18, sample, train, trained_resnet18
 
-TINY = Recipe(sizes=((2, 8),), batch=20)
+TINY = Recipe(phases=((2, 8, 0),), batch=20)
 
 
 @pytest.fixture

@@ -78,6 +78,7 @@ class Step:
     bytes: int = 0 # Of one sample
     shape: tuple = () # Of one sample, where the output is one tensor with the batch axis first
     consts: dict = field(default_factory=dict) # Batch size to the leaves without a batch axis
+    most: int = 0 # Largest batch that it may run on
 
     @property
     def live(self) -> bool: return any(self.layouts) # Whether anything in its output belongs to a sample
@@ -147,10 +148,10 @@ def _overlaps(t):
 
 def _like(t:Tensor, like:Tensor, axis:int) -> Tensor:
     "`t` with its values where `like` has them in memory, relative to each other and to a cache line: a kernel may choose by that"
+    shift = like.storage_offset() % 64
+    if t.is_contiguous() and t.stride() == like.stride() and t.storage_offset() % 64 == shift: return t
     if _overlaps(like): return t.contiguous()
     if axis == 0 and like.stride(0) >= max(like.stride()):
-        shift = like.storage_offset() % 64
-        if t.stride() == like.stride() and t.storage_offset() % 64 == shift: return t
         room = torch.empty(shift + len(t) * like.stride(0), dtype=t.dtype, device=t.device)
         return room.as_strided(t.shape, like.stride(), shift).copy_(t)
     order = sorted(range(t.ndim), key=lambda d: (-like.stride(d), d))
@@ -177,6 +178,12 @@ def differs(a:Tensor, b:Tensor, layout:tuple) -> Tensor: # bool `(N,)`
     a, b = _bits(a), _bits(b)
     d = rows_first(torch.ne(*(_words(a, b) if layout[0] < a.ndim - 1 else (a, b))), *layout)  # a word must not reach into the next sample
     return _words(d.flatten(1))[0].any(1) if d.ndim > 1 else d
+
+def _changed(t, golden, layout, image):
+    "Which samples of a leaf differ from the fault-free ones of their images"
+    if layout != (0, 1) or t.device.type != 'cpu' or t[0].nbytes < 2**15: return differs(t, take(golden, layout, image), layout)
+    t, golden = _words(_bits(t), _bits(golden))  # one at a time: no copy, and a look at most differing samples ends early
+    return torch.tensor([not torch.equal(x, golden[i]) for x, i in zip(t, image.tolist())])
 
 def _equal(a, b):
     if not isinstance(a, Tensor): return type(a) == type(b) and a == b
@@ -206,25 +213,30 @@ class Cut:
         self.sizes, self.proven = self._try_rows(batch), {}
         self.owners = self._owners()
 
-    def call(self, step:Step, value:Callable):
-        "Run a step; `value(node)` gives its arguments"
-        args, kwargs = fx.node.map_arg((step.node.args, step.node.kwargs), value)
-        if step.module is not None: at_call(step.module, step.call)
-        return step.fn(*args, **kwargs)
+# %% ../nbs/04b_engine.ipynb #19dba42b
+@patch
+def call(self:Cut, step:Step, value:Callable):
+    "Run a step; `value(node)` gives its arguments"
+    args, kwargs = fx.node.map_arg((step.node.args, step.node.kwargs), value)
+    if step.module is not None: at_call(step.module, step.call)
+    return step.fn(*args, **kwargs)
 
-    def fresh(self, step:Step, env:dict):
-        "Run a step on values that must stay as they are"
-        if not step.mutates: return self.call(step, env.__getitem__)
-        copies = {n: _copy(env[n]) for n in step.node.all_input_nodes}
-        return self.call(step, copies.__getitem__)
+@patch
+def fresh(self:Cut, step:Step, env:dict):
+    "Run a step on values that must stay as they are"
+    if not step.mutates: return self.call(step, env.__getitem__)
+    copies = {n: _copy(env[n]) for n in step.node.all_input_nodes}
+    return self.call(step, copies.__getitem__)
 
-    def drawn(self, batch, rows:Tensor):
-        "Some samples of a batch"
-        return pytree.tree_map(lambda t: t[rows.to(t.device)].clone() if isinstance(t, Tensor) and t.ndim and len(t) == self.size else t, batch)
+@patch
+def drawn(self:Cut, batch, rows:Tensor):
+    "Some samples of a batch"
+    return pytree.tree_map(lambda t: t[rows.to(t.device)].clone() if isinstance(t, Tensor) and t.ndim and len(t) == self.size else t, batch)
 
-    def inputs(self, batch) -> dict:
-        "The leaves of a batch at the steps that stand for them"
-        return dict(zip((n for n, s in self.steps.items() if s.fn is None), pytree.tree_leaves(batch)))
+@patch
+def inputs(self:Cut, batch) -> dict:
+    "The leaves of a batch at the steps that stand for them"
+    return dict(zip((n for n, s in self.steps.items() if s.fn is None), pytree.tree_leaves(batch)))
 
 # %% ../nbs/04b_engine.ipynb #8e73b33d
 class _Reading(TorchDispatchMode):
@@ -245,16 +257,31 @@ def _try_whole(self:Cut, batch):
         versions = [t._version for t in held]
         with _Reading() as reading: env[n] = self.call(s, env.__getitem__)
         s.touches = reading.seen
+        s.bytes = sum(t.nbytes for t in _tensors_of(env[n])) // 2
         if changed := [t for t, v in zip(held, versions) if t._version != v]: s.mutates, s.redirected = True, _redirect(n, changed, env)
 
 # %% ../nbs/04b_engine.ipynb #79e0f630
+_MANY_ROWS, _FEW_BYTES = 128, 2**14 # So many rows run together, even if the batch has fewer, behind the last step that gives a sample more bytes
+
 @patch
 def _draws(self:Cut) -> dict: # Size to rows
     g, n = torch.Generator().manual_seed(0), self.size
     def elsewhere(m):  # none in its own place
         rows, place = torch.randint(n, (m,), generator=g), torch.arange(m)
         return torch.where(rows == place, (rows + 1) % n, rows)
-    return {m: elsewhere(m) for m in {n, *(2**i for i in range(1, 13) if 2**i < n), *([3] if n == 2 else [])}}
+    return {m: elsewhere(m) for m in {n, *(2**i for i in range(1, 13) if 2**i < n), *([3] if n == 2 else []), *([_MANY_ROWS] if 2*n <= _MANY_ROWS else [])}}
+
+@patch
+def _widen(self:Cut, node, golden:dict, small:dict, rows) -> dict|None:
+    "What a trial with many rows begins with: rows of all values that live at a step; None where it cannot begin there"
+    many, res = len(rows), {}
+    if any(s.bytes > _FEW_BYTES for s in list(self.steps.values())[list(self.steps).index(node):]): return
+    for n, value in golden.items():
+        s, leaves = self.steps[n], pytree.tree_leaves(value)
+        if not all(l or _equal(a, b) for l, a, b in zip(s.layouts, leaves, pytree.tree_leaves(small[n]))): return
+        s.consts[many] = [None if l else a for l, a in zip(s.layouts, leaves)]
+        res[n] = s.tree([take(a, l, rows.to(a.device)) if l else a for l, a in zip(s.layouts, leaves)])
+    return res
 
 def _spoilt(batch, n): return pytree.tree_map(lambda t: t.index_fill(0, torch.tensor([0], device=t.device), torch.nan) if isinstance(t, Tensor) and t.is_floating_point() and t.ndim and len(t) == n else t, batch)
 
@@ -262,10 +289,11 @@ def _spoilt(batch, n): return pytree.tree_map(lambda t: t.index_fill(0, torch.te
 @patch
 def _try_rows(self:Cut, batch) -> list[int]: # Batch sizes at which every step gives the same bits
     n, draws, left, fed = self.size, self._draws(), {k: len(k.users) for k in self.steps}, set()
-    envs = {m: self.inputs(_spoilt(b, n) if m == n else b) for m, rows in draws.items() for b in [self.drawn(batch, rows)]}
+    envs = {m: self.inputs(_spoilt(b, n) if m == n else b) for m, rows in draws.items() if m <= max(n, 3) for b in [self.drawn(batch, rows)]}
     golden, other, good = self.inputs(_copy(batch)), min(m for m in draws if m != n), set(draws)
     for node, s in self.steps.items():
         if s.fn is not None:
+            if _MANY_ROWS in good - set(envs) and (wide := self._widen(node, golden, envs[other], draws[_MANY_ROWS])): envs[_MANY_ROWS] = wide
             for env in (golden, *envs.values()): env[node] = self.fresh(s, env)
         self._shape(s, golden[node], envs[other][node], other)
         if s.fn is None or fed & set(node.all_input_nodes):
@@ -277,6 +305,7 @@ def _try_rows(self:Cut, batch) -> list[int]: # Batch sizes at which every step g
             if m not in good and m not in (n, other): del envs[m]  # the other one still tells where batch axes are
         if n not in good: raise Uncuttable(f'at {s.name} the bits of a sample depend on its neighbours or on its place in the batch' + ', which torch.set_num_threads(1) may change' * (torch.get_num_threads() > 1))
         s.consts[n] = [None if l else v for l, v in zip(s.layouts, pytree.tree_leaves(golden[node]))]
+        s.most = max(n, *envs)
         for i in node.all_input_nodes:
             left[i] -= 1
             if not left[i]:
@@ -470,7 +499,7 @@ class Load:
     image: Tensor # `(R,)`
     fault: np.ndarray # `(R,)`
     struck: dict # Layer name to `(rows, Struck)`: neuron faults
-    stored: dict # Module to `[(first row, its part of the fault, whether that is all of it)]`: faults in stored tensors, each on all samples of the batch
+    stored: dict # Module to `[(first row, its part of the fault, the tensor that all of the fault is in)]`, by row; None for faults in several tensors. Each is on all samples of the batch
 
 # %% ../nbs/04b_engine.ipynb #ac0a120d
 class Watch:
@@ -499,31 +528,41 @@ class Sweep:
         load:Load, # The faults
     ):
         self.cut, self.chains, self.layers, self.watches, self.load = cut, chains, layers, watches, load
-        self.now, self.raw = None, {}
         for w in watches.values(): w.begin(load.image)
+
+    def _hang(self) -> Tap:
+        "A tap where somebody looks at a layer, or repairs it"
+        return Tap(self.cut.model, [l for l in self.layers.values() if self._is_observed(l.name) or is_tapped(self.cut.model.get_submodule(l.path))], self._tap)
 
     def _tap(self, x, call):
         "The value of a layer as the network computed it, before any repair"
-        if self.now is None: self.raw[call.layer.name] = x.clone() if is_tapped(call.module, but=self.tap) else x  # a repair may work in place
+        if self.now is None: self.raw = x.clone() if is_tapped(call.module, but=self.tap) else x  # a repair may work in place
         else: self._show(call.layer.name, x[:len(self.now)], self.now)
 
     def _show(self, name, x, rows):
         for w in self.watches.values(): w.see(name, x, rows, self.load.image)
 
+    def _is_observed(self, name) -> bool: return any(name in w.place for w in self.watches.values())
+
+    def _fresh(self, s:Step, values) -> tuple:
+        "A step's fault-free output, and the value of its layer before any repair; None in its place if nothing happens there"
+        self.now = self.raw = None
+        out = self.cut.fresh(s, values)
+        return out, view(self.layers[s.name], out) if self.raw is None and s.name in self.layers else self.raw
+
 # %% ../nbs/04b_engine.ipynb #71cf8470
 @patch
 def _chain(self:Sweep, ch:list):
     "Run one chain for all rows that are dirty in it"
-    values, entries, narrow, self.pads, self.raw = _Golden(self.env), [], [], {}, {}
+    values, entries, narrow, self.pads = _Golden(self.env), [], [], {}
     self.golden = values
     for j, s in enumerate(ch):
-        self.now = None
-        values[s.node] = self.cut.fresh(s, values)
-        if s.name in self.layers: self._show(s.name, self.raw[s.name], None)
+        values[s.node], raw = self._fresh(s, values)
+        if raw is not None: self._show(s.name, raw, None)
         if s.name in self.load.struck:
             if (e := self._strike_window(s, j, values)): narrow.append(e)
-            else: entries.append(self._strike(s, j, values))
-        if s.module in self.load.stored: entries += self._store(s, values)
+            else: entries.append(self._strike(s, j, values, raw))
+        if s.module in self.load.stored: entries += self._store(s, values, raw)
     self.env[ch[-1].node] = v = Value(values[ch[-1].node])
     look = any(u.op == 'output' or self.cut.steps[u].heavy for u in ch[-1].node.users) or ch[-1] is self.cut.output
     wide = self._arriving(ch[0])
@@ -544,15 +583,17 @@ def _arriving(self:Sweep, head:Step) -> Tensor:
 @patch
 def _apart(self:Sweep, head:Step, rows):
     "Without the rows that carry a fault of this very module: they run apart"
-    for first, *_ in self.load.stored.get(head.module, ()): rows = rows[(rows < first) | (rows >= first + self.cut.size)]
-    return rows
+    if not (own := self.load.stored.get(head.module)): return rows
+    first = torch.tensor([f for f, *_ in own], device=rows.device)
+    before = first[(torch.searchsorted(first, rows, right=True) - 1).clamp(min=0)]
+    return rows[(rows < before) | (rows >= before + self.cut.size)]
 
 # %% ../nbs/04b_engine.ipynb #e17fe7a8
 @patch
-def _strike(self:Sweep, s:Step, j:int, values) -> Entry:
+def _strike(self:Sweep, s:Step, j:int, values, raw) -> Entry:
     "The rows struck at a layer; their values are made when they are run, a few at a time, and so stay in the cache"
     (rows, hit), layer = self.load.struck[s.name], self.layers[s.name]
-    raw = unview(layer, self.raw[s.name])
+    raw = unview(layer, raw)
     def some(part):
         x = take(raw, (layer.batch_dim, layer.groups), self.load.image[rows[part]])
         hit.of(part).strike(view(replace(layer, item=()), x))
@@ -582,7 +623,7 @@ class Narrow(NamedTuple):
 def _free(self:Sweep, s:Step) -> bool:
     "Whether a step is nobody's business but the sweep's"
     m = s.module
-    return s.layouts == [(0, 1)] and not any(s.name in w.place for w in self.watches.values()) and (m is None or not m._forward_pre_hooks and not is_tapped(m, but=self.tap))
+    return s.layouts == [(0, 1)] and not self._is_observed(s.name) and (m is None or not m._forward_pre_hooks and not is_tapped(m, but=self.tap))
 
 @patch
 def _narrow(self:Sweep, s:Step) -> bool:
@@ -651,20 +692,17 @@ def _disjoint(faults:list) -> list[list]: # Of `(first row, fault list, channel)
 
 # %% ../nbs/04b_engine.ipynb #d7b84bf5
 @patch
-def _store(self:Sweep, s:Step, values) -> list[Entry]:
+def _store(self:Sweep, s:Step, values, raw) -> list[Entry]:
     "Rows of the faults in a module's stored tensors, after its step"
-    entries, single, out, raw = [], [], values[s.node], self.raw.get(s.name)
-    alone, seen = isinstance(out, Tensor) and s.layouts[0] == (0, 1), s.name in self.layers or not is_tapped(s.module, but=self.tap)
-    for first, faults, all_of_it in self.load.stored[s.module]:
-        name = faults.layer.iloc[0]
-        path, _, short = name.rpartition('.')
-        once = all_of_it and faults.layer.nunique() == 1 and self.cut.owners[name] == [s] and self.cut.model.get_submodule(path) is s.module
-        c = _channel(s.module, short, faults['index'].to_numpy()) if once and alone and seen else None
+    entries, single, out = [], [], values[s.node]
+    fit = isinstance(out, Tensor) and s.layouts[0] == (0, 1) and (s.name in self.layers or not is_tapped(s.module, but=self.tap))
+    for first, faults, name in self.load.stored[s.module]:
+        path, _, short = (name or '').rpartition('.')
+        once = fit and name and self.cut.owners[name] == [s] and self.cut.model.get_submodule(path) is s.module
+        c = _channel(s.module, short, faults['index'].to_numpy()) if once else None
         if c is None: entries += self._own(s, first, faults)
         else: single.append((first, faults, c))
-    entries += [e for group in _disjoint(single) for e in self._together(s, group, values, raw)]
-    self.raw[s.name] = raw
-    return entries
+    return entries + [e for group in _disjoint(single) for e in self._together(s, group, values, raw)]
 
 @patch
 def _own(self:Sweep, s:Step, first, faults) -> list[Entry]:
@@ -676,12 +714,9 @@ def _own(self:Sweep, s:Step, first, faults) -> list[Entry]:
 @patch
 def _together(self:Sweep, s:Step, group, values, raw) -> list[Entry]:
     "Run a step once for faults in different channels; `raw` is its fault-free value before any repair"
-    self.now = None
     axis = 1 if type(s.module) in (*_CONVS, *_NORMS) else -1
-    before = lambda x, out: unview(self.layers[s.name], x) if s.name in self.layers else out
-    old = before(raw, values[s.node])
-    with written(self.cut.model, pd.concat([f for _, f, _ in group])): out = self.cut.fresh(s, values)
-    new = before(self.raw.get(s.name), out)
+    with written(self.cut.model, pd.concat([f for _, f, _ in group])): faulty = self._fresh(s, values)
+    old, new = (out if x is None else unview(self.layers[s.name], x) for out, x in ((values[s.node], raw), faulty))
     first, c = (torch.tensor([f[i] for f in group], device=old.device) for i in (0, 2))
     pick = lambda t: t.movedim(axis, 1)[:, c]
     which, image = (_bits(pick(new)) != _bits(pick(old))).unsqueeze(-1).flatten(2).any(2).T.nonzero(as_tuple=True)
@@ -692,14 +727,20 @@ def _together(self:Sweep, s:Step, group, values, raw) -> list[Entry]:
     return [Entry(1, rows, self._mend(s, values, rows, x))]
 
 # %% ../nbs/04b_engine.ipynb #b38dbd2a
+def _portions(rows:int, most:int, size:int) -> Iterable[tuple]:
+    "First number and size of the batches that rows run in: of the largest size while it is filled, then of the usual one"
+    i = 0
+    while i < rows:
+        yield i, (m := most if rows - i >= most else min(size, rows - i))
+        i += m
+
 @patch
 def _through(self:Sweep, ch:list, e:Entry, v:Value, look:bool) -> list[tuple]: # Of `(rows, leaves)`
     "Run an entry through the rest of a chain; with `look`, keep the rows that differ from the fault-free value `v`"
-    res, last = [], ch[-1]
-    for i in range(0, len(e.rows), self.cut.size):
-        self.now = rows = e.rows[i:i + self.cut.size]
-        m = len(rows)
-        pad = torch.arange(next(b for b in self.cut.sizes if b >= m), device=rows.device).clamp(max=m - 1)
+    res, last, most = [], ch[-1], min((s.most for s in ch[e.start:]), default=self.cut.size)
+    for i, m in _portions(len(e.rows), most, self.cut.size):
+        self.now = rows = e.rows[i:i + m]
+        pad = torch.arange(next(b for b in (*self.cut.sizes, most) if b >= m), device=rows.device).clamp(max=m - 1)
         values = {ch[e.start - 1].node: self._entering(ch[e.start - 1], e, i, m, pad)} if e.leaves else {}
         kept = {_address(t) for v in values.values() for t in _tensors_of(v)}  # memory that others read, too
         with self._named(rows):
@@ -720,7 +761,7 @@ def _through(self:Sweep, ch:list, e:Entry, v:Value, look:bool) -> list[tuple]: #
 def _alive(self:Sweep, rows, leaves, s:Step, v:Value) -> tuple:
     "Those rows that differ from the fault-free value"
     golden, image = pytree.tree_leaves(v.golden), self.load.image[rows]
-    alive = torch.stack([differs(t, take(g, l, image), l) for t, g, l in zip(leaves, golden, s.layouts) if l]).any(0)
+    alive = torch.stack([_changed(t, g, l, image) for t, g, l in zip(leaves, golden, s.layouts) if l]).any(0)
     if alive.all(): return rows, leaves
     keep = alive.nonzero()[:, 0]
     return rows[keep], [take(t, l, keep) if l else None for t, l in zip(leaves, s.layouts)]
@@ -863,7 +904,7 @@ def _fetch(self:Sweep, node, rows, pad):
         at = torch.searchsorted(rows, sub).clamp(max=len(rows) - 1)
         hit = rows[at] == sub  # rows of faults that run apart are not among these
         for t, d, l in zip(leaves, v.some(lo, hi, s.layouts), s.layouts):
-            if l: t.index_copy_(l[0], _slices(at[hit], l[1]), take(d, l, hit.nonzero()[:, 0]))
+            if l: t.index_copy_(l[0], _slices(at[hit], l[1]), d if hit.all() else take(d, l, hit.nonzero()[:, 0]))
     for w in v.windows:
         at = torch.searchsorted(w.rows, rows).clamp(max=len(w.rows) - 1)
         hit, zero = (w.rows[at] == rows).nonzero()[:, 0], torch.zeros_like(rows)
@@ -872,16 +913,16 @@ def _fetch(self:Sweep, node, rows, pad):
 
 # %% ../nbs/04b_engine.ipynb #4b7c7984
 @contextmanager
-def _naming(faults):
-    "Add the faults to whatever is raised"
+def _naming(faults:Callable):
+    "Add the faults that `faults()` gives to whatever is raised"
     try: yield
     except Exception as e:
-        ids = sorted({int(f) for f in faults})
+        ids = sorted({int(f) for f in faults()})
         e.add_note(f'while running fault {", ".join(map(str, ids[:8]))}{" …" if len(ids) > 8 else ""} of the list')
         raise
 
 @patch
-def _named(self:Sweep, rows): return _naming(self.load.fault[rows.cpu().numpy()])
+def _named(self:Sweep, rows): return _naming(lambda: self.load.fault[rows.cpu().numpy()])
 
 # %% ../nbs/04b_engine.ipynb #d0bb710d
 @patch
@@ -893,7 +934,7 @@ def run(self:Sweep,
     "Pass through the network once; what it left is in `env`"
     self.env, saved = env, None
     last = {i: k for k, ch in enumerate(self.chains) for s in ch for i in s.node.all_input_nodes}
-    with Tap(self.cut.model, self.layers.values(), self._tap) as self.tap:
+    with self._hang() as self.tap:
         for k, ch in enumerate(self.chains[first:], first):
             if k == keep: saved = {n: Value(v.golden) for n, v in env.items()}
             self._chain(ch)
@@ -965,11 +1006,14 @@ def _load(self:Cut, heads, faults, layers:dict, device) -> Load:
     for name, part in mine[mine.target == 'neuron'].groupby('layer'):
         rows, local = np.unique(part.row, return_inverse=True)
         load.struck[name] = torch.tensor(rows).to(device), strikes([layers[name]], part, local, device)[name]
-    for row, part in mine[mine.target != 'neuron'].groupby('row'):
-        users = {s.module: None for name in part.layer.unique() for s in self.owners[name]}
-        for m in users:
-            own = part[part.layer.isin({n for n in part.layer.unique() if any(s.module is m for s in self.owners[n])})]
-            load.stored.setdefault(m, []).append((row, own, len(own) == len(part)))
+    stored = mine[mine.target != 'neuron']
+    rows, begin = np.unique(stored.row, return_index=True)
+    for row, a, b in zip(rows.tolist(), begin, [*begin[1:], len(stored)]):
+        part = stored.iloc[a:b]
+        names = set(part.layer)
+        for m in {s.module: None for n in names for s in self.owners[n]}:
+            used = {n for n in names if any(s.module is m for s in self.owners[n])}
+            load.stored.setdefault(m, []).append((row, part if used == names else part[part.layer.isin(used)], min(names) if len(names) == 1 else None))
     return load
 
 @patch
@@ -1035,6 +1079,7 @@ def _are_apart(go:Callable, batch, out:Tensor) -> bool:
     try: return n == 1 or keeps(_spoilt(batch, n), place > 0) and all(keeps(swapped(stay), stay) for stay in (place % 2 == 0, place % 2 == 1))
     except Exception: return False  # a network may refuse what is no input of its kind
 
+# %% ../nbs/04b_engine.ipynb #55bbedca
 def whole(
     model:nn.Module, # The network
     batch, # One batch, on its device
@@ -1053,7 +1098,7 @@ def whole(
         for part in rounds(faults, together):
             heads, stored = part[part.part == 0], part.target.iloc[0] != 'neuron'
             at = np.arange(len(out)) if stored else heads.slot.to_numpy(copy=True)
-            with _naming(heads.fault), written(model, part) if stored else NeuronFaults(model, layers.values(), part, at): out = go()
+            with _naming(lambda: heads.fault), written(model, part) if stored else NeuronFaults(model, layers.values(), part, at): out = go()
             yield Ran(np.resize(heads.fault, len(at)), at, out[at], {n: v[at] for n, v in seen().items()})
 
 # %% ../nbs/04b_engine.ipynb #bc4bb0d4
@@ -1136,6 +1181,16 @@ def _execute(cuts, batch, repair, here, layers, observers, memory) -> Iterable[R
     cuts.say(f'{here.layer[~can].iloc[0]} belongs to no step')
     yield from (ran for ran in plain(here[~can]) if ran.fault is not None)
 
+def _batches(data, faults, device):
+    "Each batch, the faults that strike it, and how many inputs came before"
+    start = 0
+    for batch in data:
+        batch = to_device(batch, device)
+        n = len(next(batch_tensors(batch)))
+        yield batch, faults[faults.image.between(start, start + n - 1)].assign(slot=lambda t: t.image - start), start
+        start += n
+    if start < faults.image.max() + 1: raise ValueError(f'the loader gave {start} inputs, but a fault strikes image {faults.image.max()}')
+
 # %% ../nbs/04b_engine.ipynb #71bc02b0
 def run(
     model:nn.Module, # The fault-free network
@@ -1156,19 +1211,14 @@ def run(
     faults, repairs, observers = _prepared(model, faults, layers, images or len(data.dataset), repairs), {'none': nullcontext, **(repairs or {})}, observers or {}
     logs = {name: _Log(faults[faults.part == 0], criterion) for name in repairs}
     cuts, known = _Cuts(model, forward, sweep), {l.name: l for o in observers.values() for l in o.layers} | {l.name: l for l in layers}
-    start, bar = 0, tqdm(total=(faults.fault.iloc[-1] + 1) * len(repairs), desc=desc, unit='fault')
-    with undisturbed(model), bar:
-        for batch in data:
-            batch, golden = to_device(batch, device_of(model)), None
-            n = len(next(batch_tensors(batch)))
-            here = faults[faults.image.between(start, start + n - 1)].assign(slot=lambda t: t.image - start)
+    with undisturbed(model), tqdm(total=(faults.fault.iloc[-1] + 1) * len(repairs), desc=desc, unit='fault') as bar:
+        for batch, here, start in _batches(data, faults, device_of(model)):
+            golden = None
             for name, repair in repairs.items():
                 with repair():
                     for ran in _execute(cuts, batch, name, here, known, observers, memory):
                         golden = ran.out if golden is None else golden  # the unprotected network comes first
                         logs[name].add(ran, golden, start)
                         bar.update(0 if ran.fault is None else len(np.unique(ran.fault)))
-            start += n
-    if start < faults.image.max() + 1: raise ValueError(f'the loader gave {start} inputs, but a fault strikes image {faults.image.max()}')
     res = {name: log.join() for name, log in logs.items()}
     return replace(res.pop('none'), repaired=res)

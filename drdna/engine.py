@@ -11,7 +11,7 @@ __all__ = ['Uncuttable', 'Step', 'take', 'differs', 'Cut', 'Local', 'local', 'Wi
 # %% ../nbs/04b_engine.ipynb #01dfe3ca
 import math, operator, warnings
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -104,6 +104,12 @@ def _step(whole, node, calls):
     return Step(node, fn, None, f'{node.name}()', heavy=any(i.op == 'get_attr' for i in node.all_input_nodes))
 
 # %% ../nbs/04b_engine.ipynb #b6a8a3b9
+def _map_samples(f, batch, n):
+    "A batch of n samples with `f` applied to the tensors that have the batch axis first"
+    return pytree.tree_map(lambda t: f(t) if isinstance(t, Tensor) and t.ndim and len(t) == n else t, batch)
+
+def _drawn(batch, rows:Tensor, n): return _map_samples(lambda t: t[rows.to(t.device)].clone(), batch, n)
+
 def _copy(tree): return pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, tree)
 
 def _tensors_of(tree): return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
@@ -204,7 +210,7 @@ class Cut:
         except Exception as e: raise Uncuttable(f'a trial fails ({type(e).__name__}: {e})') from e
 
     def _prove(self, batch, forward):
-        few = self.drawn(batch, torch.arange(2))
+        few = _drawn(batch, torch.arange(2), self.size)
         self.whole, graph = _trace(self.model, few, forward)
         calls = {}
         self.steps = {n: _step(self.whole, n, calls) for n in graph.nodes}
@@ -227,11 +233,6 @@ def fresh(self:Cut, step:Step, env:dict):
     if not step.mutates: return self.call(step, env.__getitem__)
     copies = {n: _copy(env[n]) for n in step.node.all_input_nodes}
     return self.call(step, copies.__getitem__)
-
-@patch
-def drawn(self:Cut, batch, rows:Tensor):
-    "Some samples of a batch"
-    return pytree.tree_map(lambda t: t[rows.to(t.device)].clone() if isinstance(t, Tensor) and t.ndim and len(t) == self.size else t, batch)
 
 @patch
 def inputs(self:Cut, batch) -> dict:
@@ -283,19 +284,28 @@ def _widen(self:Cut, node, golden:dict, small:dict, rows) -> dict|None:
         res[n] = s.tree([take(a, l, rows.to(a.device)) if l else a for l, a in zip(s.layouts, leaves)])
     return res
 
-def _spoilt(batch, n): return pytree.tree_map(lambda t: t.index_fill(0, torch.tensor([0], device=t.device), torch.nan) if isinstance(t, Tensor) and t.is_floating_point() and t.ndim and len(t) == n else t, batch)
+def _spoil(t, axis=0, groups=1):
+    "A tensor whose first sample is NaN"
+    if not t.is_floating_point(): return t
+    t = t.clone()
+    t.narrow(axis, 0, groups).fill_(torch.nan)
+    return t
+
+def _has_reals(tree) -> bool: return any(t.is_floating_point() for t in _tensors_of(tree))
 
 # %% ../nbs/04b_engine.ipynb #7bbe17bf
 @patch
 def _try_rows(self:Cut, batch) -> list[int]: # Batch sizes at which every step gives the same bits
     n, draws, left, fed = self.size, self._draws(), {k: len(k.users) for k in self.steps}, set()
-    envs = {m: self.inputs(_spoilt(b, n) if m == n else b) for m, rows in draws.items() if m <= max(n, 3) for b in [self.drawn(batch, rows)]}
+    envs = {m: self.inputs(_drawn(batch, rows, n)) for m, rows in draws.items() if m <= max(n, 3)}
     golden, other, good = self.inputs(_copy(batch)), min(m for m in draws if m != n), set(draws)
     for node, s in self.steps.items():
         if s.fn is not None:
             if _MANY_ROWS in good - set(envs) and (wide := self._widen(node, golden, envs[other], draws[_MANY_ROWS])): envs[_MANY_ROWS] = wide
             for env in (golden, *envs.values()): env[node] = self.fresh(s, env)
         self._shape(s, golden[node], envs[other][node], other)
+        if not any(self.steps[i].live and _has_reals(golden[i]) for i in node.all_input_nodes): # an input, or what becomes of tokens
+            envs[n][node] = s.tree([_spoil(t, *l) if l else t for t, l in zip(pytree.tree_leaves(envs[n][node]), s.layouts)])
         if s.fn is None or fed & set(node.all_input_nodes):
             if s.fn is not None: _check_free(s, golden[node])
             if _tensors_of(golden[node]): fed.add(node)  # what is made of shapes alone does not depend on values
@@ -715,7 +725,8 @@ def _own(self:Sweep, s:Step, first, faults) -> list[Entry]:
 def _together(self:Sweep, s:Step, group, values, raw) -> list[Entry]:
     "Run a step once for faults in different channels; `raw` is its fault-free value before any repair"
     axis = 1 if type(s.module) in (*_CONVS, *_NORMS) else -1
-    with written(self.cut.model, pd.concat([f for _, f, _ in group])): faulty = self._fresh(s, values)
+    faults = pd.concat([f for _, f, _ in group])
+    with _naming(lambda: faults.fault), written(self.cut.model, faults): faulty = self._fresh(s, values)
     old, new = (out if x is None else unview(self.layers[s.name], x) for out, x in ((values[s.node], raw), faulty))
     first, c = (torch.tensor([f[i] for f in group], device=old.device) for i in (0, 2))
     pick = lambda t: t.movedim(axis, 1)[:, c]
@@ -741,9 +752,9 @@ def _through(self:Sweep, ch:list, e:Entry, v:Value, look:bool) -> list[tuple]: #
     for i, m in _portions(len(e.rows), most, self.cut.size):
         self.now = rows = e.rows[i:i + m]
         pad = torch.arange(next(b for b in (*self.cut.sizes, most) if b >= m), device=rows.device).clamp(max=m - 1)
-        values = {ch[e.start - 1].node: self._entering(ch[e.start - 1], e, i, m, pad)} if e.leaves else {}
-        kept = {_address(t) for v in values.values() for t in _tensors_of(v)}  # memory that others read, too
         with self._named(rows):
+            values = {ch[e.start - 1].node: self._entering(ch[e.start - 1], e, i, m, pad)} if e.leaves else {}
+            kept = {_address(t) for v in values.values() for t in _tensors_of(v)}  # memory that others read, too
             for s in ch[e.start:]:
                 for n in s.node.all_input_nodes:  # once: attention asks whether query, key and value are one object
                     if n in values: continue
@@ -1063,20 +1074,21 @@ def _recording(model, observers):
         yield lambda: {name: o.collect(rec.take()) for name, (o, rec) in recs.items()}
 
 # %% ../nbs/04b_engine.ipynb #e6905ffc
-def _answer(out, n) -> Tensor: # `(N, ...)`
-    "The first tensor of an output, its samples along the first axis"
-    found = next(tensors(out), None)
-    shape = logical_shape(found[1].shape, n) if found else None
+def _answer_layout(out, n, smaller:Callable) -> tuple: # Batch axis and slices per sample
+    "Where the samples of an output are; `smaller()` is the output for one sample less, asked for where several axes might be theirs"
+    if out is not None and n > 1 and sum(s % n == 0 for s in out.shape) > 1:
+        with suppress(Exception): return tuple(_layout(out, smaller(), n, n - 1))
+    shape = None if out is None else logical_shape(out.shape, n)
     if shape is None: raise ValueError('the output has no floating-point tensor with a batch axis; let `forward` give one')
-    return rows_first(found[1], *shape[1:])
+    return shape[1:]
 
 def _are_apart(go:Callable, batch, out:Tensor) -> bool:
     "Whether other samples in its place leave the answers of the rest as they are, bit for bit; otherwise each fault needs a forward to itself"
     n = len(out)
     place = torch.arange(n, device=out.device)
     def keeps(other, stay): return _equal(out[stay], go(other)[stay])
-    def swapped(stay): return pytree.tree_map(lambda t: t[torch.where(stay, place, place.flip(0)).to(t.device)] if isinstance(t, Tensor) and t.ndim and len(t) == n else t, batch)
-    try: return n == 1 or keeps(_spoilt(batch, n), place > 0) and all(keeps(swapped(stay), stay) for stay in (place % 2 == 0, place % 2 == 1))
+    def swapped(stay): return _drawn(batch, torch.where(stay, place, place.flip(0)), n)
+    try: return n == 1 or keeps(_map_samples(_spoil, batch, n), place > 0) and all(keeps(swapped(stay), stay) for stay in (place % 2 == 0, place % 2 == 1))
     except Exception: return False  # a network may refuse what is no input of its kind
 
 # %% ../nbs/04b_engine.ipynb #55bbedca
@@ -1090,10 +1102,12 @@ def whole(
 ) -> Iterable[Ran]: # First the batch without a fault
     "Run all faults on one batch, each in a whole forward"
     with _recording(model, observers) as seen:
-        n = len(_tensors_of(batch)[0])
-        def go(batch=batch): return _answer(call_model(model, _copy(batch), forward), n)
-        out = go()
-        yield Ran(None, np.arange(len(out)), out, seen())
+        n, first = len(_tensors_of(batch)[0]), lambda b: next(tensors(call_model(model, _copy(b), forward)), (None, None))[1]
+        raw, clean = first(batch), seen()
+        layout = _answer_layout(raw, n, lambda: first(_drawn(batch, torch.arange(n - 1), n)))
+        def go(b=batch): return rows_first(first(b), *layout)
+        out = rows_first(raw, *layout)
+        yield Ran(None, np.arange(len(out)), out, clean)
         together = faults.empty or _are_apart(go, batch, out)
         for part in rounds(faults, together):
             heads, stored = part[part.part == 0], part.target.iloc[0] != 'neuron'

@@ -312,6 +312,10 @@ class TimeFirstAnswer(Two):
         nn.init.constant_(self.d.bias, -.3)
     def forward(self, x): return self.d(self.a(x)[:, :60].view(-1, 5, 12).transpose(0, 1)).relu().squeeze(-1)
 
+class TimeFirstAnswers(Two):
+    "An output of as many time steps as samples"
+    def forward(self, x): return super().forward(x).unflatten(1, (8, 4)).transpose(0, 1)
+
 def clamped():
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(256, 32))
     conv = model[2]
@@ -332,7 +336,7 @@ def hooked():
 ODD = {'scale of the batch': lambda: Two(lambda s, y: (y / y.abs().max() * 127).round()), 'all or nothing': lambda: Two(lambda s, y: torch.where((y < 60).all(), y, 0)), 'assertion': lambda: Two(lambda s, y: y[(y.sum() > -1e9).long() * 0 + torch.arange(len(y))]),
        'slice': lambda: Two(lambda s, y: y[..., 1:65], 200), 'chunk': lambda: Two(lambda s, y: y.chunk(3, -1)[1], 192), 'dataclass': Wrapped, 'alias': Alias, 'names': Named, 'skip': Skip, 'shifting': Shifting, 'time first': TimeFirst, 'shared activation': Shared,
        'read before': Reread, 'overlap': Overlapping, 'one token': OneToken, 'time first answer': TimeFirstAnswer, 'slice of a wide layer': lambda: Two(lambda s, y: y[..., :64], 65), 'list of samples': lambda: Two(lambda s, y: y * y.new_tensor(y.sum(1).tolist()).unsqueeze(1)),
-       'replaced forward': clamped, 'pruned': pruned, 'hooked': hooked}
+       'replaced forward': clamped, 'pruned': pruned, 'hooked': hooked, 'time first answers': TimeFirstAnswers}
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', ODD)
@@ -347,6 +351,24 @@ def test_no_oddity_is_swept_wrongly(name, size):
     faults = pd.concat([draw_neurons(found, 60, uniform(lo=-100, hi=100)), draw_weights(model, 12, uniform(lo=-3, hi=3), names=[n for n, p in model.named_parameters() if p.ndim > 1]), draw_weights(model, 6, uniform(lo=-3, hi=3), target='bias')])
     fast, slow = (run(model, [x], faults, found, images=size, sweep=s) for s in (True, False))
     assert agree(fast, slow) and weights_hash(model) == before and torch.equal(x, kept)
+
+def test_tokens_that_meet_are_found_out():
+    "NaN cannot stand among tokens; it is put behind the embedding"
+    class Meets(nn.Module):
+        "Samples meet where a value is very large, which none is"
+        def forward(self, x): return x + torch.relu(x.roll(1, 0) - 100)
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Flatten(), nn.Linear(96, 16), Meets()).eval().requires_grad_(False)
+    x = torch.randint(50, (8, 6))
+    with pytest.raises(Uncuttable, match='at 3 the bits of a sample depend on its neighbours'): Cut(model, x)
+
+def test_a_repair_that_raises_names_the_fault():
+    model, x = Two().eval().requires_grad_(False), torch.randn(8, 64)
+    found = layers(model, x)
+    def breaks(v, call):
+        if v.abs().max() > 1e6: raise RuntimeError('no')
+    faults = draw_neurons(found, 8, stuck_at(value=1e9))
+    with pytest.raises(RuntimeError) as e: run(model, [x], faults, found, repairs={'breaks': lambda: Tap(model, found, breaks, 'mitigate')}, images=8)
+    assert 'while running fault' in ''.join(e.value.__notes__)
 
 def test_each_batch_and_each_repair_is_cut_for_itself():
     torch.manual_seed(0)

@@ -315,7 +315,7 @@ def _try_rows(self:Cut, batch) -> list[int]: # Batch sizes at which every step g
             if m not in good and m not in (n, other): del envs[m]  # the other one still tells where batch axes are
         if n not in good: raise Uncuttable(f'at {s.name} the bits of a sample depend on its neighbours or on its place in the batch' + ', which torch.set_num_threads(1) may change' * (torch.get_num_threads() > 1))
         s.consts[n] = [None if l else v for l, v in zip(s.layouts, pytree.tree_leaves(golden[node]))]
-        s.most = max(n, *envs)
+        s.most = max(good & set(envs))
         for i in node.all_input_nodes:
             left[i] -= 1
             if not left[i]:

@@ -712,7 +712,9 @@ def _store(self:Sweep, s:Step, values, raw) -> list[Entry]:
         c = _channel(s.module, short, faults['index'].to_numpy()) if once else None
         if c is None: entries += self._own(s, first, faults)
         else: single.append((first, faults, c))
-    return entries + [e for group in _disjoint(single) for e in self._together(s, group, values, raw)]
+    if not single: return entries
+    axis, old = 1 if type(s.module) in (*_CONVS, *_NORMS) else -1, out if raw is None else unview(self.layers[s.name], raw)
+    return [*entries, self._made_of(s, values, axis, old, [self._together(s, group, values, axis, old) for group in _disjoint(single)])]
 
 @patch
 def _own(self:Sweep, s:Step, first, faults) -> list[Entry]:
@@ -722,20 +724,27 @@ def _own(self:Sweep, s:Step, first, faults) -> list[Entry]:
 
 # %% ../nbs/04b_engine.ipynb #d69182a4
 @patch
-def _together(self:Sweep, s:Step, group, values, raw) -> list[Entry]:
-    "Run a step once for faults in different channels; `raw` is its fault-free value before any repair"
-    axis = 1 if type(s.module) in (*_CONVS, *_NORMS) else -1
+def _together(self:Sweep, s:Step, group, values, axis, old) -> tuple: # Of the samples that change: row, image, channel, and what is in it
+    "Run a step once for faults in different channels; `old` is its fault-free value before any repair"
     faults = pd.concat([f for _, f, _ in group])
-    with _naming(lambda: faults.fault), written(self.cut.model, faults): faulty = self._fresh(s, values)
-    old, new = (out if x is None else unview(self.layers[s.name], x) for out, x in ((values[s.node], raw), faulty))
+    with _naming(lambda: faults.fault), written(self.cut.model, faults): out, raw = self._fresh(s, values)
+    new = out if raw is None else unview(self.layers[s.name], raw)
     first, c = (torch.tensor([f[i] for f in group], device=old.device) for i in (0, 2))
     pick = lambda t: t.movedim(axis, 1)[:, c]
     which, image = (_bits(pick(new)) != _bits(pick(old))).unsqueeze(-1).flatten(2).any(2).T.nonzero(as_tuple=True)
-    if not len(which): return []
-    x = take(old, (0, 1), image)
-    x.movedim(axis, 1)[torch.arange(len(image), device=old.device), c[which]] = new.movedim(axis, 1)[image, c[which]]
-    rows = first[which] + image
-    return [Entry(1, rows, self._mend(s, values, rows, x))]
+    return first[which] + image, image, c[which], new.movedim(axis, 1)[image, c[which]]
+
+@patch
+def _made_of(self:Sweep, s:Step, values, axis, old, found:list) -> Entry:
+    "Rows that differ in one channel; as with struck neurons, their values are made when they are run"
+    rows, *parts = map(torch.cat, zip(*found))
+    rows, order = rows.sort()
+    image, c, new = (p[order] for p in parts)
+    def some(part):
+        x = take(old, (0, 1), image[part])
+        x.movedim(axis, 1)[torch.arange(len(x), device=x.device), c[part]] = new[part]
+        return self._mend(s, values, rows[part], x)
+    return Entry(1, rows, some)
 
 # %% ../nbs/04b_engine.ipynb #b38dbd2a
 def _portions(rows:int, most:int, size:int) -> Iterable[tuple]:

@@ -777,6 +777,7 @@ def _through(self:Sweep, ch:list, e:Entry, v:Value, look:bool) -> list[tuple]: #
         if len(rows): res.append((rows, leaves))
     return res
 
+# %% ../nbs/04b_engine.ipynb #48b5beb3
 @patch
 def _alive(self:Sweep, rows, leaves, s:Step, v:Value) -> tuple:
     "Those rows that differ from the fault-free value"

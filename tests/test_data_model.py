@@ -48,7 +48,7 @@ def test_loader_can_be_iterated_twice_and_is_contiguous():
 
 def test_right_answers_of_the_shipped_weights():
     record = json.loads(asset('resnet18_cifar10.json').read_text())
-    assert hashlib.sha256(asset(dm.WEIGHTS).read_bytes()).hexdigest() == record['sha256']
+    assert hashlib.sha256(asset(dm.weights_file("resnet18")).read_bytes()).hexdigest() == record['sha256']
     assert record['evaluate']['n'] == 2000 and record['test']['n'] == 10_000 and record['heldout']['n'] == 5000
     assert abs(accuracy(trained_resnet18(), sample('evaluate')) - record['evaluate']['right']) <= 2
 
@@ -64,7 +64,7 @@ def test_trained_network_is_private_float32_in_eval_mode():
 
 def test_damaged_or_foreign_weights_are_named(tmp_path):
     cut = tmp_path/'cut.safetensors'
-    cut.write_bytes(asset(dm.WEIGHTS).read_bytes()[:100_000])
+    cut.write_bytes(asset(dm.weights_file("resnet18")).read_bytes()[:100_000])
     with pytest.raises(ValueError, match='cut.safetensors'): load_weights(cut)
     save_file({'conv1.weight': torch.zeros(64, 3, 7, 7)}, tmp_path/'other.safetensors')
     with pytest.raises(ValueError, match=r'other.safetensors(.|\n)*conv1.weight'): load_weights(tmp_path/'other.safetensors')
@@ -161,7 +161,7 @@ def test_interrupted_epoch_keeps_the_last_checkpoint(tmp_path, tiny_data, monkey
     assert sorted(os.listdir(tmp_path/'cut')) == ['checkpoint.pt', 'training.csv']
     monkeypatch.setattr(dm, 'train_epoch', original)
     train(tmp_path/'cut', TINY, 'cpu', data=tiny_data)
-    for name in dm.WEIGHTS, 'training.csv': assert (tmp_path/'cut'/name).read_bytes() == (tmp_path/'whole'/name).read_bytes()
+    for name in dm.weights_file("resnet18"), 'training.csv': assert (tmp_path/'cut'/name).read_bytes() == (tmp_path/'whole'/name).read_bytes()
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):

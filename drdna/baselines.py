@@ -26,7 +26,7 @@ class LayerDetector:
         self.layers = list(layers)
         if not self.layers: raise ValueError('a detector needs at least one layer to look at')
 
-    def observe(self, x:Tensor, i:int) -> Tensor: # `(N, R)`
+    def observe(self, x:Tensor, i:int, call=None) -> Tensor: # `(N, R)`
         "What is kept of layer i"
         return self.reduce(x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)))
     def collect(self, records:list) -> Tensor: return torch.stack(records, 1) # `(N, L, R)`

@@ -233,8 +233,8 @@ class Cohort:
             self._coords[device] = [tuple(c.to(device) for c in cs) for cs in self._coords[torch.device('cpu')]]
         return self._coords[device]
 
-    def read(self, x:Tensor, i:int) -> Tensor: # `(N, K)`, or `(N, K + 4)` with extremes
-        "Copy the sites of layer i out of its value `x`, `(N, *shape)`, as float32 (float64 stays)"
+    def read(self, x:Tensor, i:int, call=None) -> Tensor: # `(N, K)`, or `(N, K + 4)` with extremes
+        "Copy the sites of layer i out of its value `x`, `(N, *shape)`, as float32 (float64 stays); what called the layer does not matter"
         v = read_sites(x, self.coords(x.device)[i])
         if self.extremes is not None:
             flat, v, e = x.flatten(1), v[:, :self.k], v[:, self.k:]
@@ -276,7 +276,7 @@ class _Hook:
         for tap in self.taps:
             # Counting matters only for modules that the dry run saw twice; `get`, since another thread may close the tap
             layer = tap.calls.get(module, {}).get(n if tap.counts[module] else 1)
-            if layer is not None: out = tap.run(layer, module, args, kwargs, out)
+            if layer is not None: out = tap.run(Call(layer, module, args, kwargs), out)
         return out
 
 # %% ../nbs/00_core.ipynb #9c8ca747
@@ -316,9 +316,9 @@ class Tap:
         for module, several in self.counts.items():
             if several: _hooks[module].count.n = 0
 
-    def run(self, layer, module, args, kwargs, out):
-        new = self.fn(view(layer, out), Call(layer, module, args, kwargs))
-        return out if new is None or self.phase == 'observe' else put_item(out, layer.item, unview(layer, new))
+    def run(self, call, out):
+        new = self.fn(view(call.layer, out), call)
+        return out if new is None or self.phase == 'observe' else put_item(out, call.layer.item, unview(call.layer, new))
 
     def close(self):
         "Leave the model as it was before; closing twice is fine"
@@ -351,29 +351,27 @@ def is_tapped(module:nn.Module, but:'Tap|None'=None) -> bool:
     return has_hooks(module) or any(t is not but for t in (hook.taps if hook else ()))
 
 def mitigate(
-    layer:Layer, # Whose output it is
-    module:nn.Module, # The layer's module
+    call:Call, # Which layer, its module and its arguments
     out, # An output of it
 ): # The output as the taps of the `mitigate` phase leave it
-    "Apply the repairs that are open on a layer; they see its output only, for there is no call"
-    for tap in _hooks[module].taps if module in _hooks else ():
-        mine = tap.calls.get(module, {}).get(layer.call)
-        if tap.phase == 'mitigate' and mine: out = tap.run(mine, module, (), {}, out)
+    "Apply the repairs that are open on a layer to an output that was not computed but made"
+    for tap in _hooks[call.module].taps if call.module in _hooks else ():
+        if tap.phase == 'mitigate' and call.layer.call in tap.calls.get(call.module, {}): out = tap.run(call, out)
     return out
 
 # %% ../nbs/00_core.ipynb #8e6b9ff5
 class Recorder(Tap):
-    "Compute `fn(x, i)` at each layer i and keep the results until `take`"
+    "Compute `fn(x, i, call)` at each layer i and keep the results until `take`"
     def __init__(self,
         model:nn.Module, # The network
         layers:list[Layer], # In execution order
-        fn:Callable, # `fn(x, i) -> Tensor`, first axis N; `x` is detached, so copy what you keep of it
+        fn:Callable, # `fn(x, i, call) -> Tensor`, first axis N; `x` is detached, so copy what you keep of it
     ):
         self.names, self.record = [l.name for l in layers], threading.local()
         place = {name: i for i, name in enumerate(self.names)}
         def note(x, call):
             i = place[call.layer.name]
-            self._rows()[i] = fn(x.detach(), i)
+            self._rows()[i] = fn(x.detach(), i, call)
         super().__init__(model, layers, note)
 
     def _rows(self):

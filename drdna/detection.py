@@ -106,7 +106,7 @@ class DrDNA:
 def layers(self:DrDNA) -> list: return self.cohort.layers
 
 @patch
-def observe(self:DrDNA, x:Tensor, i:int) -> Tensor:
+def observe(self:DrDNA, x:Tensor, i:int, call=None) -> Tensor:
     "The sites of layer i, `(N, K)`"
     return self.cohort.read(x, i)
 

@@ -6,14 +6,15 @@ Docs: https://drdna.github.io/drdna/engine.html.md"""
 
 # %% auto #0
 __all__ = ['Uncuttable', 'Step', 'take', 'differs', 'Cut', 'Local', 'local', 'Windows', 'padded', 'cut_out', 'put_in', 'Value',
-           'Entry', 'Load', 'Watch', 'Sweep', 'Narrow', 'rows_first', 'Ran', 'rounds', 'whole', 'Run', 'run']
+           'Entry', 'Load', 'MadeCall', 'Watch', 'Sweep', 'Narrow', 'rows_first', 'Ran', 'rounds', 'whole', 'Run',
+           'run']
 
 # %% ../nbs/04b_engine.ipynb #01dfe3ca
 import math, operator, warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np, pandas as pd, torch
@@ -512,6 +513,16 @@ class Load:
     stored: dict # Module to `[(first row, its part of the fault, the tensor that all of the fault is in)]`, by row; None for faults in several tensors. Each is on all samples of the batch
 
 # %% ../nbs/04b_engine.ipynb #ac0a120d
+class MadeCall:
+    "Stands for the call of a layer whose output is made, not computed; its arguments are fetched once somebody asks"
+    def __init__(self, layer, module, fetch): self.layer, self.module, self.fetch = layer, module, fetch
+    @cached_property
+    def _both(self): return self.fetch()
+    @property
+    def args(self) -> tuple: return tuple(self._both[0])
+    @property
+    def kwargs(self) -> dict: return dict(self._both[1])
+
 class Watch:
     "What one observer sees of one batch"
     def __init__(self, observer):
@@ -520,10 +531,10 @@ class Watch:
 
     def begin(self, image): self.faulty = [None if g is None else g[image.to(g.device)] for g in self.golden]
 
-    def see(self, name, x, rows, image):
-        "Look at `x`, the value of a layer: of the whole batch without fault, or of some rows"
-        if (i := self.place.get(name)) is None: return
-        seen = self.observer.observe(x, i)
+    def see(self, call, x, rows, image):
+        "Look at `x`, the value of a layer: of the whole batch without fault, or of some rows, behind which others may fill the batch"
+        if (i := self.place.get(call.layer.name)) is None: return
+        seen = self.observer.observe(x, i, call)[:None if rows is None else len(rows)]
         if rows is None: self.golden[i], self.faulty[i] = seen, seen[image.to(seen.device)]
         else: self.faulty[i][rows.to(seen.device)] = seen
 
@@ -546,17 +557,17 @@ class Sweep:
 
     def _tap(self, x, call):
         "The value of a layer as the network computed it, before any repair"
-        if self.now is None: self.raw = x.clone() if is_tapped(call.module, but=self.tap) else x  # a repair may work in place
-        else: self._show(call.layer.name, x[:len(self.now)], self.now)
+        if self.now is None: self.raw, self.call = x.clone() if is_tapped(call.module, but=self.tap) else x, call  # a repair may work in place
+        else: self._show(call, x, self.now)
 
-    def _show(self, name, x, rows):
-        for w in self.watches.values(): w.see(name, x, rows, self.load.image)
+    def _show(self, call, x, rows):
+        for w in self.watches.values(): w.see(call, x, rows, self.load.image)
 
     def _is_observed(self, name) -> bool: return any(name in w.place for w in self.watches.values())
 
     def _fresh(self, s:Step, values) -> tuple:
         "A step's fault-free output, and the value of its layer before any repair; None in its place if nothing happens there"
-        self.now = self.raw = None
+        self.now = self.raw = self.call = None
         out = self.cut.fresh(s, values)
         return out, view(self.layers[s.name], out) if self.raw is None and s.name in self.layers else self.raw
 
@@ -568,7 +579,7 @@ def _chain(self:Sweep, ch:list):
     self.golden = values
     for j, s in enumerate(ch):
         values[s.node], raw = self._fresh(s, values)
-        if raw is not None: self._show(s.name, raw, None)
+        if self.call is not None: self._show(self.call, raw, None)
         if s.name in self.load.struck:
             if (e := self._strike_window(s, j, values)): narrow.append(e)
             else: entries.append(self._strike(s, j, values, raw))
@@ -616,8 +627,18 @@ def _mend(self:Sweep, s:Step, values, rows, x) -> list:
     if s.name not in self.layers: return [x]
     image, layer = self.load.image[rows], self.layers[s.name]
     out = x if layer.item == () else put_item(s.tree([take(t, l, image) if l else t for t, l in zip(pytree.tree_leaves(values[s.node]), s.layouts)]), layer.item, x)
-    self._show(s.name, view(layer, out), rows)
-    return pytree.tree_leaves(mitigate(layer, s.module, out))
+    call = MadeCall(layer, s.module, lambda: self._arguments(s, values, image))
+    self._show(call, view(layer, out), rows)
+    return pytree.tree_leaves(mitigate(call, out))
+
+@patch
+def _arguments(self:Sweep, s:Step, values, image) -> tuple:
+    "The fault-free arguments of a step, for some samples of the batch"
+    def rows(n):
+        step = self.cut.steps[n]
+        leaves, spec = pytree.tree_flatten(values[n])
+        return pytree.tree_unflatten([take(t, l, image) if l else t for t, l in zip(leaves, step.layouts)], spec) if step.live else values[n]
+    return fx.node.map_arg((s.node.args, s.node.kwargs), rows)
 
 # %% ../nbs/04b_engine.ipynb #b9ba18b7
 class Narrow(NamedTuple):

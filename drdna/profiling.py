@@ -111,7 +111,7 @@ def _peek(data):
 
 def _look(cohort):
     "Sites, and value and flat place of both extremes, of a layer"
-    def look(x, i):
+    def look(x, i, call):
         flat = x.flatten(1)
         return cohort.read(x, i), flat.amax(1).double(), flat.argmax(1), flat.amin(1).double(), flat.argmin(1)
     return look

@@ -80,7 +80,7 @@ def test_nothing_is_left_behind(net):
     golden = first(call(model, batch))
     found = layers(model.train(), batch, batch_size=n)
     assert model.training and model.eval() is model
-    with Recorder(model, found, lambda x, i: x.sum(tuple(range(1, x.ndim)))), NeuronFaults(model, found, draw_neurons(found, 2, flip(bit=30))):
+    with Recorder(model, found, lambda x, i, call: x.sum(tuple(range(1, x.ndim)))), NeuronFaults(model, found, draw_neurons(found, 2, flip(bit=30))):
         call(model, batch)
     assert torch.equal(bits_of(first(call(model, batch))), bits_of(golden))
     assert (structure(model), weights_hash(model)) == before and torch.equal(rng, torch.get_rng_state())
@@ -135,7 +135,7 @@ def test_exception_in_mid_run_starts_the_next_call_count_anew():
 def test_each_thread_has_its_own_record():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).requires_grad_(False)
     found, bad = layers(model, torch.ones(2, 4)), []
-    with Recorder(model, found, lambda x, i: x.sum(1)) as rec:
+    with Recorder(model, found, lambda x, i, call: x.sum(1)) as rec:
         def work(v):
             x = torch.full((2, 4), float(v))
             want = model[0](x).sum(1)

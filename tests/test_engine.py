@@ -60,11 +60,14 @@ def mixture(model, found):
 def plain(x): return bits_of(x.nan_to_num(1.5, torch.inf, -torch.inf))  # which of several NaNs an instruction passes on is not defined
 
 class Look:
-    "An observer that sees the whole of every layer: two sums over its bits, in integers, which threads cannot round differently"
+    "An observer that sees the whole of every layer's output and input: two sums over the bits, in integers, which threads cannot round differently"
     def __init__(self, layers): self.layers = layers
-    def observe(self, x, i):
+    def sums(self, x):
         bits = plain(x.flatten(1)).long()
         return torch.stack([bits.sum(1), (bits * torch.arange(1, bits.shape[1] + 1)).sum(1)], 1)
+    def observe(self, x, i, call):
+        given = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, torch.Tensor) and a.ndim > 1 and len(a) == len(x)]
+        return self.sums(x) + sum((k + 2) * self.sums(a) for k, a in enumerate(given) if a.is_floating_point())
     def collect(self, records): return torch.stack(records, 1)
 
 def same(a, b): return torch.equal(*(plain(t) if t.is_floating_point() else t for t in (a, b)))

@@ -10,7 +10,7 @@ __all__ = ['CLASSES', 'SPLITS', 'MEAN', 'STD', 'NETWORKS', 'VIT', 'Images', 'ass
            'make_sample', 'resnet18', 'AttentionProduct', 'Attention', 'Block', 'ViT', 'accuracy', 'Recipe', 'whiten_',
            'cutout', 'augment', 'epoch_batches', 'SmallMapConv', 'use_small_map_conv_', 'has_bf16', 'new_model',
            'new_optimizer', 'train_epoch', 'save_checkpoint', 'load_checkpoint', 'weights_file', 'load_weights',
-           'write_result', 'cifar10_splits', 'train', 'trained_resnet18']
+           'write_result', 'cifar10_splits', 'train', 'trained_resnet18', 'trained_vit']
 
 # %% ../nbs/01_data_model.ipynb #c30519f6
 import hashlib, io, json, os, shutil, subprocess, tarfile, tempfile, time, urllib.request, warnings
@@ -607,3 +607,9 @@ def trained_resnet18(
 )->nn.Module: # In evaluation mode
     "The network with the weights that ship with the package"
     return load_weights(asset(weights_file('resnet18')), device)
+
+def trained_vit(
+    device:str|torch.device='cpu'
+)->nn.Module: # In evaluation mode
+    "The transformer with the weights that ship with the package"
+    return load_weights(asset(weights_file('vit')), device, 'vit')

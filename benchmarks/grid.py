@@ -1,0 +1,194 @@
+"""Which detector sees which faults: the tables behind the leaderboard
+
+Networks, precisions, faults in neurons and in weights, nine error models, thirds of the depth. A cell is filled until it holds
+1,000 SDCs or 100,000 runs (a neuron fault is one run; a weight fault runs on 100 images). Faults are drawn and judged first
+without any detector; then the SDCs alone are run again with all detectors looking on, which gives the same bits. Profiles and
+fits use training images, thresholds the 5,000 images held out from training, and faults strike the 10,000 test images, on which the false-positive
+rates are measured.
+
+A finished cell is a file under `--work`, so a run that was stopped goes on where it was, and one with larger limits does again only what
+they change. At its end it writes three tables: grid.csv, one row per cell; bits.csv, the same by bit; false.csv, false positives.
+"""
+import argparse, itertools, json, zlib
+from pathlib import Path
+
+import numpy as np, pandas as pd, torch
+
+from drdna.baselines import Doubt, Extremes, Mahalanobis, NonFinite, Range, energy, entropy, fit_detectors
+from drdna.checksums import Checksum
+from drdna.core import layers
+from drdna.data_model import cifar10_splits, loader, replace_file, trained_resnet18, trained_vit
+from drdna.detection import RULES, DrDNA, collect_clean, judge, threshold
+from drdna.engine import run
+from drdna.injection import channel, draw_neurons, draw_weights, flip, parameter_places, row, sign, stuck_at, uniform
+from drdna.profiling import profile
+
+FOLDER = Path(__file__).parent / 'results'
+NETWORKS = {'resnet18': trained_resnet18, 'vit': trained_vit}
+EXPONENT = {'float32': (23, 30), 'bfloat16': (7, 14), 'float16': (10, 14)}  # lowest and highest bit
+FPRS = .01, .001
+PORTION = {'neuron': 2000, 'weight': 50}  # faults on a batch of 100 images
+
+# ---------------------------------------------------------------- what strikes
+
+def kinds(dtype) -> dict: # Name to error models that take turns, pattern in neurons, pattern in weights
+    "The error models of the grid"
+    low, high = EXPONENT[dtype]
+    flips = lambda bits: ([flip(bit=b) for b in bits], None, None)
+    value = lambda model: ([model], None, None)
+    return {'exponent MSB': flips([high]), 'other exponent bits': flips(range(low, high)), 'mantissa': flips(range(low)), 'sign': value(sign()),
+            'U(±10)': value(uniform(lo=-10, hi=10)), 'U(±100)': value(uniform(lo=-100, hi=100)), 'U(±1000)': value(uniform(lo=-1000, hi=1000)),
+            'zeroed channel': ([stuck_at(value=0.)], channel(), row()), 'stuck at 0': value(stuck_at(value=0.))}
+
+def draw(model, here, target, kind, n, seed, images) -> pd.DataFrame:
+    "n faults in the layers `here`; a neuron fault on one image, a weight fault on the hundred of one batch"
+    models, in_neurons, in_weights = kind
+    owned = [p.name for p in parameter_places(model) if p.name.rpartition('.')[0] in {l.path for l in here}] if target == 'weight' else None
+    parts = [draw_neurons(here, share, m, seed + k, in_neurons) if target == 'neuron' else draw_weights(model, share, m, seed + k, in_weights, names=owned)
+             for k, m in enumerate(models) if (share := len(range(k, n, len(models))))]
+    faults = pd.concat(parts, ignore_index=True)
+    return faults.assign(image=number(faults) * (1 if target == 'neuron' else 100) % images)
+
+class Batches:
+    "Images in batches of 100, in some precision"
+    def __init__(self, data, dtype): self.batches, self.dtype, self.dataset = loader(data), dtype, data
+    def __len__(self): return len(self.batches)
+    def __iter__(self): return ((x.to(self.dtype), y) for x, y in self.batches)
+
+# ---------------------------------------------------------------- who watches
+
+class Sites:
+    "Keeps the sites' values themselves, for all settings of Dr. DNA that share them"
+    def __init__(self, p): self.layers, self.observe = p.layers, p.cohort.read
+    def collect(self, records): return torch.stack(records, 1)
+
+def settings() -> dict: # Name to `(k, bins, lam, rule)`
+    "Settings of Dr. DNA"
+    lams = {'τ1': (1, 0, 0), 'τ2': (0, 1, 0), 'τ3': (0, 0, 1), 'τ1+τ2': (1, 1, 0), 'τ1+τ3': (1, 0, 1), 'τ2+τ3': (0, 1, 1), 'all': (1, 1, 1), 'all, τ2 × 32': (1, 32, 1)}
+    res = {f'Dr. DNA {n}, {rule}': (32, 10, l, rule) for n, l in lams.items() for rule in RULES}
+    res |= {f'Dr. DNA {n}, per_layer, k={k}': (k, 10, lams[n], 'per_layer') for n in ('all', 'τ2') for k in (8, 16, 64, 128)}
+    return res | {f'Dr. DNA {n}, per_layer, {b} bins': (32, b, lams[n], 'per_layer') for n in ('all', 'τ2') for b in (5, 20, 40)}
+
+def rivals(model, batch, found) -> dict:
+    "Everything but Dr. DNA, not fitted yet"
+    blocks = [l for l in layers(model, batch, want=lambda m: True) if l.name in ('maxpool', 'stem.5', 'avgpool', 'fc', 'norm', 'head') or l.name.endswith(('relu#2', 'norm1'))]
+    pooled = {'Mahalanobis': Mahalanobis([l for l in blocks if l.name == 'avgpool'])} if any(l.name == 'avgpool' for l in blocks) else {}
+    return {'non-finite': NonFinite(found), 'range': Range(found), 'range, every 8th layer': Range(found[::8]), 'extremes': Extremes(found), 'extremes, block outputs': Extremes(blocks),
+            'softmax': Doubt(found), 'entropy': Doubt(found, entropy), 'energy': Doubt(found, energy), **pooled, 'checksums, one by one': Checksum(model, batch, fuse=False), 'checksums': Checksum(model, batch)}
+
+class Bench:
+    "A network in one precision, all detectors, their thresholds and false positives"
+    def __init__(self, network, dtype):
+        dt, sets = getattr(torch, dtype), cifar10_splits()
+        self.network, self.dtype, self.model = network, dtype, NETWORKS[network]().to(dt)
+        self.test, fit, held = (Batches(d, dt) for d in (sets['test'], sets['train'][:1000], sets['heldout']))
+        first = next(iter(self.test))
+        self.found = layers(self.model, first)
+        self.settings, profiles = settings(), {k: profile(self.model, fit, self.found, k) for k in (8, 16, 32, 64, 128)}
+        self.rivals = fit_detectors(self.model, fit, rivals(self.model, first, self.found))
+        self.dna = {n: DrDNA.fit(profiles[k], bins, lam, rule) for n, (k, bins, lam, rule) in self.settings.items()}
+        self.observers = self.rivals | {k: Sites(p) for k, p in profiles.items()}
+        held, test = (self.verdicts(collect_clean(self.model, b, self.observers, desc=f'{network} {dtype}'), None) for b in (held, self.test))
+        self.thresholds = {(n, f): threshold(s, f) for n, s in held.items() for f in FPRS}
+        self.false = pd.DataFrame([dict(network=network, dtype=dtype, detector=n, fpr=f, false=int((~(s <= self.thresholds[n, f])).sum()), images=len(s)) for n, s in test.items() for f in FPRS])
+
+    def statistics(self, seen) -> dict: # Name to `(N, L)`
+        "What every detector makes of what the observers saw"
+        tests = {}
+        def of(k, bins, tables):
+            if (k, bins) not in tests: tests[k, bins] = torch.cat([tables.tests(v) for v in seen[k].split(500)])
+            return tests[k, bins]
+        return {n: d.statistic(seen[n]) for n, d in self.rivals.items()} | {n: d.statistic(of(*self.settings[n][:2], d.tables)) for n, d in self.dna.items()}
+
+    def verdicts(self, seen, thresholds=True) -> dict:
+        "The number of the layer that alarms, -1 for none, by detector and rate; without thresholds the sample statistics"
+        place = {l.name: i for i, l in enumerate(self.found)}
+        if not thresholds: return {n: s.amax(1) for n, s in self.statistics(seen).items()}
+        where = {n: torch.tensor([place.get(l.name, len(place)) for l in (self.rivals.get(n) or self.dna[n]).layers] + [-1]) for n in (*self.rivals, *self.dna)}
+        return {f'{n} @ {f}': where[n][judge(s, self.thresholds[n, f]).layer].numpy() for n, s in self.statistics(seen).items() for f in FPRS}
+
+# ---------------------------------------------------------------- a cell
+
+def fill(b:Bench, here, target, kind, seed, sdcs, runs) -> tuple[int, int, pd.DataFrame]: # Faults, runs, and a row for each SDC
+    "Draw until there are enough SDCs or enough runs; each portion strikes the next images"
+    drawn, done, enough, bad, first, images, size = 0, 0, 0, [], 0, len(b.test.dataset), PORTION[target]
+    while done < runs and enough < sdcs:
+        batches = 1 if not drawn else 4  # a look first: where most faults are SDCs, few are needed
+        n = batches * size
+        faults = draw(b.model, here, target, kind, n, seed + drawn, 100 * batches)
+        data = Batches(b.test.dataset[first:first + 100 * batches], b.test.dtype)
+        t = run(b.model, data, faults, b.found, desc=f'{enough} SDCs, {done} runs').table
+        t = t[t.outcome == 'SDC']
+        mine = faults[(head := number(faults)).isin(t.fault)]
+        bad.append(mine.assign(image=mine.image + first, cluster=head[mine.index] + drawn))
+        drawn, done, enough, first = drawn + n, done + n * (1 if target == 'neuron' else 100), enough + len(t), (first + 100 * batches) % (images - 400)
+    return drawn, done, judged(b, pd.concat(bad, ignore_index=True), enough)
+
+def number(faults) -> pd.Series: return (faults.part == 0).cumsum() - 1 # Which fault of the list a row belongs to
+
+def judged(b:Bench, faults, expected) -> pd.DataFrame:
+    "Faults that make SDCs once more, with all detectors looking on; a row for each SDC"
+    if faults.empty: return pd.DataFrame()
+    r = run(b.model, Batches(b.test.dataset[:faults.image.max() // 100 * 100 + 100], b.test.dtype), faults, b.found, b.observers, desc='judge')
+    keep = (r.table.outcome == 'SDC').to_numpy()
+    if keep.sum() != expected: raise RuntimeError(f'{expected} SDCs became {keep.sum()} when they were run again')
+    t, place = r.table[keep], {n: i for i, l in enumerate(b.found) for n in (l.name, f'{l.path}.weight')}
+    seen = b.verdicts({k: v[torch.from_numpy(keep)] for k, v in r.faulty.items()})
+    return pd.DataFrame({'cluster': faults.cluster[faults.part == 0].to_numpy()[t.fault], 'model': t.model.to_numpy(), 'at': t.layer.map(place).to_numpy()} | seen)
+
+def thirds(found) -> list: return [found[len(found) * i // 3:len(found) * (i + 1) // 3] for i in range(3)]
+
+def cells(b:Bench, work, args):
+    "Fill the cells that are not full yet"
+    dtype, all = b.dtype, kinds(b.dtype)
+    for target, name, third in itertools.product(args.targets, args.kinds or all, range(3)):
+        path = work / f'{b.network}-{dtype}-{target}-{name}-{third}.parquet'
+        if path.exists() and is_full(path, args): continue
+        seed = zlib.crc32(path.stem.encode()) // 4
+        drawn, runs, t = fill(b, thirds(b.found)[third], target, all[name], seed, args.sdcs, args.runs)
+        t.attrs = dict(network=b.network, dtype=dtype, target=target, kind=name, third=third, faults=drawn, runs=runs, sdcs=len(t))
+        replace_file(path, t.to_parquet)
+        print(t.attrs, flush=True)
+
+def is_full(path, args) -> bool:
+    at = pd.read_parquet(path).attrs
+    return at['sdcs'] >= args.sdcs or at['runs'] >= args.runs
+
+# ---------------------------------------------------------------- tables
+
+def row_of(t, **more) -> dict:
+    "A cell's row: SDCs, faults that made them, and how many each detector saw"
+    names = [c for c in t if ' @ ' in c]
+    return t.attrs | more | {c: int((t[c] >= 0).sum()) for c in names}
+
+def tables(work):
+    "The committed tables, from the files of the cells"
+    full = [pd.read_parquet(p) for p in sorted(work.glob('*.parquet'))]
+    order = ['network', 'dtype', 'target', 'kind', 'third']
+    pd.DataFrame([row_of(t, made_by=t.cluster.nunique() if len(t) else 0) for t in full]).sort_values(order).fillna(0).to_csv(FOLDER / 'grid.csv', index=False, float_format='%.0f')
+    flips = pd.concat([t.assign(**{k: t.attrs[k] for k in order[:3]}) for t in full if len(t) and t.model.str.startswith('flip(').all()], ignore_index=True)
+    flips['bit'] = flips.model.str.extract(r'bit=(\d+)').astype(int)
+    by_bit = [dict(zip([*order[:3], 'bit'], k)) | {'sdcs': len(g)} | {c: int((g[c] >= 0).sum()) for c in g if ' @ 0.001' in c and not g[c].isna().all()} for k, g in flips.groupby([*order[:3], 'bit'])]
+    pd.DataFrame(by_bit).fillna(0).to_csv(FOLDER / 'bits.csv', index=False, float_format='%.0f')
+    pd.concat([pd.read_csv(p) for p in sorted(work.glob('*.false.csv'))]).to_csv(FOLDER / 'false.csv', index=False)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=NETWORKS)
+    p.add_argument('--dtypes', nargs='+', default=list(EXPONENT), choices=EXPONENT)
+    p.add_argument('--targets', nargs='+', default=['neuron', 'weight'], choices=['neuron', 'weight'])
+    p.add_argument('--kinds', nargs='+', default=None, help='only these error models')
+    p.add_argument('--sdcs', type=int, default=1000, help='a cell is full with so many SDCs')
+    p.add_argument('--runs', type=int, default=100_000, help='or with so many runs')
+    p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--work', type=Path, default=Path(__file__).parent / 'grid', help='folder of the cells')
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    for network, dtype in itertools.product(args.networks, args.dtypes):
+        b = Bench(network, dtype)
+        b.false.to_csv(args.work / f'{network}-{dtype}.false.csv', index=False)
+        cells(b, args.work, args)
+    tables(args.work)
+
+if __name__ == '__main__': main()

@@ -9,12 +9,14 @@ rates are measured.
 A finished cell is a file under `--work`, so a run that was stopped goes on where it was, and one with larger limits does again only what
 they change. At its end it writes three tables: grid.csv, one row per cell; bits.csv, the same by bit; false.csv, false positives.
 """
-import argparse, itertools, json, zlib
+import argparse, gzip, itertools, zlib
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
+from torchvision.transforms.functional import gaussian_blur
 
-from drdna.baselines import Doubt, Extremes, Mahalanobis, NonFinite, Range, energy, entropy, fit_detectors
+from drdna.baselines import Doubt, Extremes, Mahalanobis, NonFinite, QuantileTree, Range, energy, entropy, fit_detectors
 from drdna.checksums import Checksum
 from drdna.core import layers
 from drdna.data_model import cifar10_splits, loader, replace_file, trained_resnet18, trained_vit
@@ -49,11 +51,31 @@ def draw(model, here, target, kind, n, seed, images) -> pd.DataFrame:
     faults = pd.concat(parts, ignore_index=True)
     return faults.assign(image=number(faults) * (1 if target == 'neuron' else 100) % images)
 
+OUT_OF_RANGE = 'exponent MSB', 'U(±100)', 'U(±1000)'
+
 class Batches:
     "Images in batches of 100, in some precision"
     def __init__(self, data, dtype): self.batches, self.dtype, self.dataset = loader(data), dtype, data
     def __len__(self): return len(self.batches)
     def __iter__(self): return ((x.to(self.dtype), y) for x, y in self.batches)
+
+# ---------------------------------------------------------------- odd inputs
+
+def fashion(n) -> torch.Tensor: # `uint8`, (n, 32, 32, 3)
+    "Fashion-MNIST, as grey images with a border, from Debian's package dataset-fashion-mnist"
+    path = Path('/usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz')
+    if not path.exists(): raise FileNotFoundError(f'{path}: install the package dataset-fashion-mnist, or leave it out with --no-odd')
+    x = torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8, offset=16).view(-1, 28, 28)[:n]
+    return F.pad(x, (2, 2, 2, 2)).unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
+
+def odd(data, n=2000) -> dict: # Name to `Images`
+    "Inputs that are unusual and not faulty, made of the first n test images"
+    x, g = data.images[:n], torch.Generator().manual_seed(0)
+    first = lambda y: y.permute(0, 3, 1, 2).float()
+    last = lambda y: y.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    sets = {'noise, sd 25': last(first(x) + 25 * torch.randn(first(x).shape, generator=g)), 'blur, sd 1.5 px': last(gaussian_blur(first(x), 9, 1.5)),
+            'contrast × 0.3': last(first(x).mean((1, 2, 3), keepdim=True) * .7 + .3 * first(x)), 'Fashion-MNIST': fashion(n)}
+    return {k: replace(data[:n], images=v) for k, v in sets.items()}
 
 # ---------------------------------------------------------------- who watches
 
@@ -76,21 +98,32 @@ def rivals(model, batch, found) -> dict:
     return {'non-finite': NonFinite(found), 'range': Range(found), 'range, every 8th layer': Range(found[::8]), 'extremes': Extremes(found), 'extremes, block outputs': Extremes(blocks),
             'softmax': Doubt(found), 'entropy': Doubt(found, entropy), 'energy': Doubt(found, energy), **pooled, 'checksums, one by one': Checksum(model, batch, fuse=False), 'checksums': Checksum(model, batch)}
 
+def tree(model, data, found, dt) -> QuantileTree:
+    "Grown on faults in training images: large values, and the exponent's highest bit"
+    det = QuantileTree([found[len(found) // 2], found[-4], found[-2]])
+    faults = pd.concat([draw_neurons(found, 2000, m, seed=10**6 + i) for i, m in enumerate(v for n in OUT_OF_RANGE for v in kinds(str(dt)[6:])[n][0])], ignore_index=True)
+    r = run(model, Batches(data, dt), faults.assign(image=faults.index % 300), found, {'tree': det}, desc='grow a tree')
+    det.learn_faults(r.clean['tree'], r.faulty['tree'][torch.from_numpy((r.table.outcome == 'SDC').to_numpy())])
+    return det
+
 class Bench:
     "A network in one precision, all detectors, their thresholds and false positives"
-    def __init__(self, network, dtype):
+    def __init__(self, network, dtype, odd_too=True):
         dt, sets = getattr(torch, dtype), cifar10_splits()
         self.network, self.dtype, self.model = network, dtype, NETWORKS[network]().to(dt)
-        self.test, fit, held = (Batches(d, dt) for d in (sets['test'], sets['train'][:1000], sets['heldout']))
+        self.test, fit = Batches(sets['test'], dt), Batches(sets['train'][:1000], dt)
         first = next(iter(self.test))
         self.found = layers(self.model, first)
         self.settings, profiles = settings(), {k: profile(self.model, fit, self.found, k) for k in (8, 16, 32, 64, 128)}
         self.rivals = fit_detectors(self.model, fit, rivals(self.model, first, self.found))
+        self.rivals['quantile tree'] = tree(self.model, sets['train'][1000:3000], self.found, dt)
         self.dna = {n: DrDNA.fit(profiles[k], bins, lam, rule) for n, (k, bins, lam, rule) in self.settings.items()}
         self.observers = self.rivals | {k: Sites(p) for k, p in profiles.items()}
-        held, test = (self.verdicts(collect_clean(self.model, b, self.observers, desc=f'{network} {dtype}'), None) for b in (held, self.test))
-        self.thresholds = {(n, f): threshold(s, f) for n, s in held.items() for f in FPRS}
-        self.false = pd.DataFrame([dict(network=network, dtype=dtype, detector=n, fpr=f, false=int((~(s <= self.thresholds[n, f])).sum()), images=len(s)) for n, s in test.items() for f in FPRS])
+        clean = lambda batches, desc: {n: v.amax(1) for n, v in self.statistics(collect_clean(self.model, batches, self.observers, desc=f'{network} {dtype}, {desc}')).items()}
+        self.thresholds = {(n, f): threshold(m, f) for n, m in clean(Batches(sets['heldout'], dt), 'calibrate').items() for f in FPRS}
+        looks = {'test': sets['test'], **(odd(sets['test']) if odd_too else {})}
+        self.false = pd.DataFrame([dict(network=network, dtype=dtype, inputs=inputs, detector=n, fpr=f, alarms=int((~(m <= self.thresholds[n, f])).sum()), images=len(m))
+                                   for inputs, d in looks.items() for n, m in clean(Batches(d, dt), inputs).items() for f in FPRS])
 
     def statistics(self, seen) -> dict: # Name to `(N, L)`
         "What every detector makes of what the observers saw"
@@ -100,12 +133,11 @@ class Bench:
             return tests[k, bins]
         return {n: d.statistic(seen[n]) for n, d in self.rivals.items()} | {n: d.statistic(of(*self.settings[n][:2], d.tables)) for n, d in self.dna.items()}
 
-    def verdicts(self, seen, thresholds=True) -> dict:
-        "The number of the layer that alarms, -1 for none, by detector and rate; without thresholds the sample statistics"
+    def verdicts(self, seen) -> dict:
+        "The number of the layer that alarms, -1 for none, by detector and rate"
         place = {l.name: i for i, l in enumerate(self.found)}
-        if not thresholds: return {n: s.amax(1) for n, s in self.statistics(seen).items()}
-        where = {n: torch.tensor([place.get(l.name, len(place)) for l in (self.rivals.get(n) or self.dna[n]).layers] + [-1]) for n in (*self.rivals, *self.dna)}
-        return {f'{n} @ {f}': where[n][judge(s, self.thresholds[n, f]).layer].numpy() for n, s in self.statistics(seen).items() for f in FPRS}
+        def where(n): return torch.tensor([place.get(l.name, len(place)) for l in (self.rivals.get(n) or self.dna[n]).layers] + [-1])
+        return {f'{n} @ {f}': where(n)[judge(s, self.thresholds[n, f]).layer].numpy() for n, s in self.statistics(seen).items() for f in FPRS}
 
 # ---------------------------------------------------------------- a cell
 
@@ -180,13 +212,14 @@ def main():
     p.add_argument('--kinds', nargs='+', default=None, help='only these error models')
     p.add_argument('--sdcs', type=int, default=1000, help='a cell is full with so many SDCs')
     p.add_argument('--runs', type=int, default=100_000, help='or with so many runs')
+    p.add_argument('--no-odd', action='store_true', help='leave out the unusual inputs')
     p.add_argument('--threads', type=int, default=1)
     p.add_argument('--work', type=Path, default=Path(__file__).parent / 'grid', help='folder of the cells')
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     for network, dtype in itertools.product(args.networks, args.dtypes):
-        b = Bench(network, dtype)
+        b = Bench(network, dtype, not args.no_odd)
         b.false.to_csv(args.work / f'{network}-{dtype}.false.csv', index=False)
         cells(b, args.work, args)
     tables(args.work)

@@ -11,6 +11,7 @@ __all__ = ['NEURON_MODELS', 'staged', 'splits', 'fault_list', 'measure', 'tabula
 # %% ../nbs/11_cli.ipynb #8ed40366
 import argparse, os, platform, shutil, sys, tempfile, time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pandas as pd, torch
 
 from . import __version__
 from . import analysis as an
-from .data_model import Recipe, cifar10_splits, loader, sample, train, trained_resnet18
+from .data_model import RECIPES, cifar10_splits, loader, sample, train, trained_resnet18
 from .detection import DrDNA, collect_clean, threshold
 from .engine import run
 from .injection import draw_neurons, draw_weights, flip, flips, stuck_at, uniform
@@ -173,9 +174,10 @@ def parser() -> argparse.ArgumentParser:
     r.set_defaults(run=reproduce)
     t = sub.add_parser('train', help='train the network from scratch, or go on where it stopped', formatter_class=shown)
     t.add_argument('--out', default='drdna-training', metavar='FOLDER', help='folder for checkpoint, history and weights')
+    t.add_argument('--network', default='resnet18', choices=RECIPES, help='which one')
     t.add_argument('--seed', type=int, default=0, help='initialisation and order of images')
     t.add_argument('--device', default=None, help='where to train; default: CUDA if there is one')
-    t.set_defaults(run=lambda a: print(train(a.out, Recipe(seed=a.seed), a.device)))
+    t.set_defaults(run=lambda a: print(train(a.out, replace(RECIPES[a.network], seed=a.seed), a.device)))
     return p
 
 # %% ../nbs/11_cli.ipynb #53868efe

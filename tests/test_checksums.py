@@ -1,0 +1,96 @@
+"Relations of sums: found where they hold, nowhere else, and broken by every fault that they cover"
+import pytest, torch, torchvision
+from torch import nn
+
+from drdna.checksums import Checksum, relations
+from drdna.core import Recorder, Tap, layers
+from drdna.data_model import ViT
+from drdna.injection import NeuronFaults, draw_neurons, uniform
+
+def image(n=4, px=32): return torch.randn(n, 3, px, px, generator=torch.Generator().manual_seed(1))
+
+class Twice(nn.Module):
+    "One linear layer, called twice, with an activation that works in place between the calls"
+    def __init__(self):
+        super().__init__()
+        self.l, self.act = nn.Linear(6, 6), nn.ReLU(inplace=True)
+    def forward(self, x): return self.l(self.act(self.l(x)))
+
+def built(name):
+    torch.manual_seed(0)
+    nets = {'resnet': lambda: torchvision.models.resnet18(num_classes=10), 'mobilenet': lambda: torchvision.models.mobilenet_v2(num_classes=10), 'densenet': lambda: torchvision.models.densenet121(num_classes=10),
+            'swin': lambda: torchvision.models.swin_t(num_classes=10), 'vit': ViT, 'twice': Twice}
+    model = nets[name]().eval().requires_grad_(False)
+    return model, torch.randn(4, 6) if name == 'twice' else image()
+
+def left_over(model, check, x):
+    "What the relations leave over, `(N, L)`, in multiples of the sums' size"
+    with torch.no_grad(), Recorder(model, check.layers, check.observe) as rec:
+        model(x)
+        records = rec.take()
+    return check.collect(records)[..., 0] / (1 + torch.stack(records, 1).abs().amax(-1))
+
+@pytest.mark.parametrize('name', ('resnet', 'mobilenet', 'densenet', 'swin', 'vit', 'twice'))
+def test_sums_agree_and_every_fault_breaks_one(name):
+    model, x = built(name)
+    check, found = Checksum(model, x), layers(model, x)
+    assert left_over(model, check, x).abs().max() < 1e-4
+    covered = [l for l in found if l.name not in check.uncovered]
+    assert len(covered) > .8 * len(found)
+    for layer in covered[::max(1, len(covered) // 12)]:
+        fault = draw_neurons([layer], 1, uniform(lo=1e4, hi=2e4), seed=3).assign(image=2)
+        clean = left_over(model, check, x)
+        with NeuronFaults(model, found, fault, torch.tensor([2])): faulty = left_over(model, check, x)
+        changed = (faulty - clean).abs().amax(1) > 1e-4
+        assert changed.tolist() == [False, False, True, False], layer.name
+
+@pytest.mark.parametrize('name', ('resnet', 'vit'))
+def test_a_weight_that_changes_later_breaks_a_relation(name):
+    model, x = built(name)
+    check = Checksum(model, x)
+    for n, p in list(model.named_parameters())[::7]:
+        if n == 'position': continue
+        old = p.flatten()[0].clone()
+        p.data.view(-1)[0] += 50
+        assert left_over(model, check, x).abs().max() > 1e-4, n
+        p.data.view(-1)[0] = old
+    assert left_over(model, check, x).abs().max() < 1e-4
+
+def test_fusion_stops_where_memory_was_written():
+    model, x = built('twice')
+    assert [(r.head, r.tail) for r in relations(model, x, layers(model, x))] == [(0, 0), (1, 1)]
+    assert Checksum(model, x).layers[1].name == 'l#2'
+
+def test_fused_relations_cover_the_same():
+    model, x = built('resnet')
+    one, two = Checksum(model, x, fuse=False), Checksum(model, x)
+    assert (len(one.relations), len(two.relations)) == (41, 21) and one.uncovered == two.uncovered == []
+
+def test_unknown_layers_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(4 * 30 * 30, 2)).eval()
+    assert Checksum(model, image()).uncovered == ['1']
+    with pytest.raises(ValueError, match='nothing to add up'): Checksum(nn.Sequential(nn.GroupNorm(1, 3)).eval(), image())
+
+def test_open_taps_do_not_matter_and_the_model_stays_as_it_was():
+    model, x = built('resnet')
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.train()
+    with Tap(model, layers(model, x), lambda y, call: None): check = Checksum(model, x)
+    assert check.uncovered == [] and model.training and all(v.equal(before[k]) for k, v in model.state_dict().items())
+
+def test_non_finite_values_are_abnormal():
+    model, x = built('resnet')
+    check = Checksum(model, x)
+    check.mean, check.sd = torch.zeros(len(check.layers), 1), torch.ones(len(check.layers), 1)
+    x[1, 0, 3, 3] = float('nan')
+    with torch.no_grad(), Recorder(model, check.layers, check.observe) as rec:
+        model(x)
+        stat = check.statistic(check.collect(rec.take()))
+    assert stat[1].max() == torch.inf and stat[0].isfinite().all()
+
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float64))
+def test_other_precisions(dtype):
+    model, x = built('resnet')
+    model, x = model.to(dtype), x.to(dtype)
+    check = Checksum(model, x)
+    assert check.uncovered == [] and left_over(model, check, x).abs().max() < {torch.bfloat16: .2, torch.float64: 1e-4}[dtype]

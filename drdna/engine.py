@@ -643,6 +643,7 @@ def _made(self:Sweep, s:Step, values, rows, x, image) -> list:
     self._show(call, view(layer, out), rows)
     return pytree.tree_leaves(mitigate(call, out))
 
+# %% ../nbs/04b_engine.ipynb #3256bfb7
 @patch
 def _arguments(self:Sweep, s:Step, values, image) -> tuple:
     "The fault-free arguments of a step, for some samples of the batch"

@@ -14,7 +14,7 @@ import math, operator, warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 import numpy as np, pandas as pd, torch
@@ -621,19 +621,33 @@ def _strike(self:Sweep, s:Step, j:int, values, raw) -> Entry:
         return self._mend(s, values, rows[part], x)
     return Entry(j + 1, rows, some)
 
+# %% ../nbs/04b_engine.ipynb #15b98dc6
 @patch
 def _mend(self:Sweep, s:Step, values, rows, x) -> list:
-    "Leaves of a step whose layer has the value `x` at some rows: observed, then repaired"
+    "Leaves of a step whose layer has the value `x` at some rows: observed, then repaired, in batches of proven sizes, since a repair may run the layer once more"
     if s.name not in self.layers: return [x]
-    image, layer = self.load.image[rows], self.layers[s.name]
+    if not is_tapped(s.module, but=self.tap): return self._made(s, values, rows, x, self.load.image[rows])
+    parts, place = [], (self.layers[s.name].batch_dim, self.layers[s.name].groups)
+    for i, m in _portions(len(rows), self.cut.size, self.cut.size):
+        pad = torch.arange(next(b for b in self.cut.sizes if b >= m), device=rows.device).clamp(max=m - 1) + i
+        leaves = self._made(s, values, rows[i:i + m], take(x, place, pad), self.load.image[rows[pad]])
+        parts.append([t.narrow(l[0], 0, m * l[1]) if l else t for t, l in zip(leaves, s.layouts)])
+    return [torch.cat(ts, l[0]) if l and len(ts) > 1 else ts[0] for ts, l in zip(zip(*parts), s.layouts)]
+
+@patch
+def _made(self:Sweep, s:Step, values, rows, x, image) -> list:
+    "Leaves of a step whose layer has the value `x` on these samples; the first of them belong to `rows`, others fill the batch"
+    layer = self.layers[s.name]
     out = x if layer.item == () else put_item(s.tree([take(t, l, image) if l else t for t, l in zip(pytree.tree_leaves(values[s.node]), s.layouts)]), layer.item, x)
     call = MadeCall(layer, s.module, lambda: self._arguments(s, values, image))
     self._show(call, view(layer, out), rows)
     return pytree.tree_leaves(mitigate(call, out))
 
+# %% ../nbs/04b_engine.ipynb #3256bfb7
 @patch
 def _arguments(self:Sweep, s:Step, values, image) -> tuple:
     "The fault-free arguments of a step, for some samples of the batch"
+    @cache  # once: attention asks whether query, key and value are one object
     def rows(n):
         step = self.cut.steps[n]
         leaves, spec = pytree.tree_flatten(values[n])
@@ -726,7 +740,7 @@ def _disjoint(faults:list) -> list[list]: # Of `(first row, fault list, channel)
 def _store(self:Sweep, s:Step, values, raw) -> list[Entry]:
     "Rows of the faults in a module's stored tensors, after its step"
     entries, single, out = [], [], values[s.node]
-    fit = isinstance(out, Tensor) and s.layouts[0] == (0, 1) and (s.name in self.layers or not is_tapped(s.module, but=self.tap))
+    fit = isinstance(out, Tensor) and s.layouts[0] == (0, 1) and not is_tapped(s.module, but=self.tap)  # a repair may ask the module, which must hold the fault then
     for first, faults, name in self.load.stored[s.module]:
         path, _, short = (name or '').rpartition('.')
         once = fit and name and self.cut.owners[name] == [s] and self.cut.model.get_submodule(path) is s.module

@@ -24,24 +24,24 @@ def built(name):
     return model, torch.randn(4, 6) if name == 'twice' else image()
 
 def left_over(model, check, x):
-    "What the relations leave over, `(N, L)`, in multiples of the sums' size"
+    "What the relations leave over, `(N, L)`, for each neuron that was added up"
     with torch.no_grad(), Recorder(model, check.layers, check.observe) as rec:
         model(x)
         records = rec.take()
-    return check.collect(records)[..., 0] / (1 + torch.stack(records, 1).abs().amax(-1))
+    return check.collect(records)[..., 0] / torch.tensor([l.size for l in check.layers])
 
 @pytest.mark.parametrize('name', ('resnet', 'mobilenet', 'densenet', 'swin', 'vit', 'twice'))
 def test_sums_agree_and_every_fault_breaks_one(name):
     model, x = built(name)
     check, found = Checksum(model, x), layers(model, x)
-    assert left_over(model, check, x).abs().max() < 1e-4
+    assert left_over(model, check, x).abs().max() < 1e-5
     covered = [l for l in found if l.name not in check.uncovered]
     assert len(covered) > .8 * len(found)
     for layer in covered[::max(1, len(covered) // 12)]:
         fault = draw_neurons([layer], 1, uniform(lo=1e4, hi=2e4), seed=3).assign(image=2)
         clean = left_over(model, check, x)
         with NeuronFaults(model, found, fault, torch.tensor([2])): faulty = left_over(model, check, x)
-        changed = (faulty - clean).abs().amax(1) > 1e-4
+        changed = (faulty - clean).abs().amax(1) > 1e-3
         assert changed.tolist() == [False, False, True, False], layer.name
 
 @pytest.mark.parametrize('name', ('resnet', 'vit'))
@@ -54,7 +54,7 @@ def test_a_weight_that_changes_later_breaks_a_relation(name):
         p.data.view(-1)[0] += 50
         assert left_over(model, check, x).abs().max() > 1e-4, n
         p.data.view(-1)[0] = old
-    assert left_over(model, check, x).abs().max() < 1e-4
+    assert left_over(model, check, x).abs().max() < 1e-5
 
 def test_fusion_stops_where_memory_was_written():
     model, x = built('twice')
@@ -93,4 +93,4 @@ def test_other_precisions(dtype):
     model, x = built('resnet')
     model, x = model.to(dtype), x.to(dtype)
     check = Checksum(model, x)
-    assert check.uncovered == [] and left_over(model, check, x).abs().max() < {torch.bfloat16: .2, torch.float64: 1e-4}[dtype]
+    assert check.uncovered == [] and left_over(model, check, x).abs().max() < {torch.bfloat16: .01, torch.float64: 1e-5}[dtype]

@@ -51,13 +51,13 @@ def fit_detectors(
 # %% ../nbs/06_baselines.ipynb #c00201ea
 class NonFinite(LayerDetector):
     "1 where a layer holds a value that is not finite, else 0"
-    def reduce(self, x): return (~x.isfinite()).any(1, keepdim=True).to(x.dtype)
+    def reduce(self, x): return (~(x.amin(1).isfinite() & x.amax(1).isfinite())).unsqueeze(1).to(x.dtype) # both see NaN; ten times faster than a look at every value
     def judge_layers(self, records): return records[..., 0]
 
 # %% ../nbs/06_baselines.ipynb #b94ea923
 class Range(LayerDetector):
     "How far the worst value of a layer lies outside its clean range, in ranges; negative inside (SED, Ranger)"
-    def reduce(self, x): return torch.stack(x.aminmax(dim=1), 1)
+    def reduce(self, x): return torch.stack([x.amin(1), x.amax(1)], 1) # ten times faster than `aminmax(dim=1)`
     def learn(self, clean): self.lo, self.hi = clean[..., 0].amin(0), clean[..., 1].amax(0) # `(L,)` each
     def judge_layers(self, records):
         lo, hi = self.lo.to(records.device), self.hi.to(records.device)
@@ -67,7 +67,7 @@ class Range(LayerDetector):
 # %% ../nbs/06_baselines.ipynb #f27b170b
 class Extremes(LayerDetector):
     "Largest deviation of a layer's minimum, maximum and norm from their clean means, in clean standard deviations"
-    def reduce(self, x): return torch.stack([*x.aminmax(dim=1), x.norm(dim=1)], 1)
+    def reduce(self, x): return torch.stack([x.amin(1), x.amax(1), x.norm(dim=1)], 1)
     def learn(self, clean): self.mean, self.sd = clean.mean(0), clean.std(0) # `(L, 3)` each
     def judge_layers(self, records):
         mean, sd = self.mean.to(records.device), self.sd.to(records.device)

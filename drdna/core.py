@@ -267,11 +267,22 @@ def unview(layer:Layer, x:Tensor) -> Tensor:
     if layer.groups > 1: x = x.flatten(0, 1)
     return x.movedim(0, layer.batch_dim) if layer.batch_dim else x
 
-# %% ../nbs/00_core.ipynb #145f42b4
+# %% ../nbs/00_core.ipynb #f4d77016
+class _Mine:
+    "A value of each thread's own; a plain attribute for the tracer of `torch.compile`"
+    def __init__(self): self.local, self.traced = threading.local(), None
+
+    def get(self, default=None): return self.traced if torch.compiler.is_dynamo_compiling() else getattr(self.local, 'value', default)
+
+    def set(self, value):
+        if torch.compiler.is_dynamo_compiling(): self.traced = value
+        else: self.local.value = value
+
+# %% ../nbs/00_core.ipynb #7773d0fa
 class _Hook:
     "The one forward hook of a tapped module; runs its taps in the order of their phases"
     def __init__(self, module):
-        self.taps, self.count, self.several = (), threading.local(), False
+        self.taps, self.count, self.several = (), _Mine(), False
         self.handle = module.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, module, args, kwargs, out):
@@ -283,7 +294,7 @@ class _Hook:
         return out
 
     def _next(self):
-        self.count.n = n = getattr(self.count, 'n', 0) + 1
+        self.count.set(n := self.count.get(0) + 1)
         return n
 
 # %% ../nbs/00_core.ipynb #9c8ca747
@@ -322,7 +333,7 @@ class Tap:
         self.root = model.register_forward_pre_hook(self._restart) if self.several else None
 
     def _restart(self, model, args):
-        for hook in self.several: hook.count.n = 0
+        for hook in self.several: hook.count.set(0)
 
     def run(self, call, out):
         new = self.fn(view(call.layer, out), call)
@@ -347,7 +358,7 @@ def _module(model, layer):
 # %% ../nbs/00_core.ipynb #f3891328
 def at_call(module:nn.Module, n:int):
     "The next call of `module` in this thread counts as its n-th"
-    if module in _hooks: _hooks[module].count.n = n - 1
+    if module in _hooks: _hooks[module].count.set(n - 1)
 
 def has_hooks(module:nn.Module) -> bool:
     "Whether forward hooks other than taps hang on `module`"
@@ -375,7 +386,7 @@ class Recorder(Tap):
         layers:list[Layer], # In execution order
         fn:Callable, # `fn(x, i, call) -> Tensor`, first axis N; `x` is detached, so copy what you keep of it
     ):
-        self.names, self.record = [l.name for l in layers], threading.local()
+        self.names, self.record = [l.name for l in layers], _Mine()
         place = {name: i for i, name in enumerate(self.names)}
         def note(x, call):
             i = place[call.layer.name]
@@ -383,19 +394,24 @@ class Recorder(Tap):
         super().__init__(model, layers, note)
 
     def _rows(self):
-        if not hasattr(self.record, 'rows'): self.start()
-        return self.record.rows
+        if self.record.get() is None: self.start()
+        return self.record.get()
 
     def start(self):
         "Forget what this thread has recorded, such as the beginning of a forward that failed"
-        self.record.rows = {}
+        self.record.set({})
+
+    def so_far(self, n:int) -> list[Tensor]: # One result per layer
+        "The results of the first n layers; raises `RuntimeError` if one of them has not run"
+        rows = self._rows()
+        missing = [name for i, name in enumerate(self.names[:n]) if i not in rows]
+        if missing: raise RuntimeError(f'layer {missing[0]} did not run in the last forward ({len(missing)} of {len(self.names)} missing)')
+        return [rows[i] for i in range(n)]
 
     def take(self) -> list[Tensor]: # One result per layer
-        "The results of this thread's last forward; raises `RuntimeError` if it did not reach every layer"
-        rows, _ = self._rows(), self.start()
-        missing = [n for i, n in enumerate(self.names) if i not in rows]
-        if missing: raise RuntimeError(f'layer {missing[0]} did not run in the last forward ({len(missing)} of {len(self.names)} missing)')
-        return [rows[i] for i in range(len(self.names))]
+        "The results of this thread's last forward, which are then forgotten; raises `RuntimeError` if it did not reach every layer"
+        try: return self.so_far(len(self.names))
+        finally: self.start()
 
 # %% ../nbs/00_core.ipynb #ae7a5f0a
 def structure(model:nn.Module) -> str: # 64 hexadecimal digits

@@ -225,43 +225,74 @@ def calibrate(self:Guard,
     return self
 
 # %% ../nbs/08_guard.ipynb #7671f1b9
-_TABLES = ('mask', 'lo', 'hi', 'freq', 'cdf', 'ends')
+_REAL = (torch.float32, torch.float64)
+_KINDS = { # Name to what makes the detector, and the shapes of its numbers; L layers, D values of the first one
+    'NonFinite': (NonFinite, {}),
+    'Range': (Range, {'lo': 'L', 'hi': 'L'}),
+    'Extremes': (Extremes, {'mean': ('L', 3), 'sd': ('L', 3)}),
+    'Mahalanobis': (Mahalanobis, {'mean': 'D', 'inverse': 'DD'}),
+    **{f'Doubt {f.__name__}': (partial(Doubt, how=f), {}) for f in (softmax_doubt, entropy, energy)}}
 
+def _pack_drdna(d) -> tuple[dict, dict]:
+    "Arrays and meta of a `DrDNA`"
+    arrays, meta = pack_layers(d.layers, d.cohort.sites)
+    arrays |= vars(d.tables) | {'T': d.T, 'sd': d.sd}
+    if d.cohort.extremes is not None: arrays['extremes'] = d.cohort.extremes
+    return arrays, meta | {'lam': list(d.lam), 'rule': d.rule}
+
+def _pack_layers(d) -> tuple[dict, dict]:
+    "Arrays and meta of a `LayerDetector`; raises `ValueError` for a kind that `load` would not know"
+    if _kind(d) not in _KINDS: raise ValueError(f'a {_kind(d)} cannot be saved; there are {["DrDNA", *_KINDS]}')
+    arrays, meta = pack_layers(d.layers)
+    return arrays | {n: getattr(d, n) for n in _KINDS[_kind(d)][1]}, meta
+
+# %% ../nbs/08_guard.ipynb #60fe5d2c
 @patch
 def save(self:Guard, path:str|Path):
-    "Write the guard, without the model, to a safetensors file"
-    d = self.detector
-    arrays, meta = pack_layers(d.layers, d.cohort.sites)
-    arrays |= {n: getattr(d.tables, n).cpu() for n in _TABLES} | {'T': d.T.cpu(), 'sd': d.sd.cpu()}
-    if d.cohort.extremes is not None: arrays['extremes'] = d.cohort.extremes
-    write_tensors(path, 'guard', arrays, meta | {'lam': list(d.lam), 'rule': d.rule, 'threshold': self.threshold, **self.info})
+    "Write the guard, without the model, to a safetensors file; raises `ValueError` for a detector of your own, or if nobody knows where the threshold comes from"
+    kind, info = _kind(self.detector), {'structure': structure(self.model), 'weights': weights_hash(self.model)} | self.info
+    if unknown := {'fpr', 'profiled', 'calibrated'} - set(info): raise ValueError(f'a guard is saved with what its threshold means; `info` lacks {sorted(unknown)}')
+    arrays, meta = _pack_drdna(self.detector) if kind == 'DrDNA' else _pack_layers(self.detector)
+    write_tensors(path, 'guard', {k: v.cpu() for k, v in arrays.items()}, meta | {'detector': kind, 'threshold': self.threshold, **info})
 
 # %% ../nbs/08_guard.ipynb #29c55a84
-def _read_detector(f:Fields) -> DrDNA:
-    "The detector of a guard file, every field checked"
+def _read_drdna(f:Fields) -> DrDNA:
+    "Dr. DNA from a guard file, every field checked"
     layers, sites = unpack_layers(f)
-    L, K, real, ints = len(layers), max(map(len, sites)), (torch.float32, torch.float64), (torch.int64,)
-    freq = f.array('freq', real, (L, K, None))
-    tables = Tables(f.array('mask', (torch.bool,), (L, K)), f.array('lo', real, (L, K)), f.array('hi', real, (L, K)), freq,
-                    f.array('cdf', real, (L, freq.shape[2] + 1)), f.array('ends', ints, (L, 2)))
+    L, K, ints = len(layers), max(map(len, sites)), (torch.int64,)
+    freq = f.array('freq', _REAL, (L, K, None))
+    tables = Tables(f.array('mask', (torch.bool,), (L, K)), f.array('lo', _REAL, (L, K)), f.array('hi', _REAL, (L, K)), freq,
+                    f.array('cdf', _REAL, (L, freq.shape[2] + 1)), f.array('ends', ints, (L, 2)))
     if not 0 <= int(tables.ends.min()) <= int(tables.ends.max()) < K: f.fail('ends', 'lies outside the sites')
     extremes = f.array('extremes', ints, (L, 2)) if 'extremes' in f.arrays else None
     try: cohort = Cohort(layers, sites, extremes)
     except IndexError as e: f.fail('extremes', str(e))
     if not torch.equal(tables.mask, cohort.mask): f.fail('mask', 'does not match the sites')
     lam = f.get('lam', list, ok=lambda v: len(v) == 3 and all(isinstance(z, (int, float)) for z in v))
-    return DrDNA(cohort, tables, f.array('T', real, (L,)), f.array('sd', real, (L,)), tuple(lam), f.get('rule', str, ok=lambda v: v in RULES))
+    return DrDNA(cohort, tables, f.array('T', _REAL, (L,)), f.array('sd', _REAL, (L,)), tuple(lam), f.get('rule', str, ok=lambda v: v in RULES))
 
+def _read_layers(f:Fields, kind:str) -> LayerDetector:
+    "The same for a `LayerDetector`"
+    (make, shapes), (layers, _) = _KINDS[kind], unpack_layers(f, sites=False)
+    try: d = make(layers)
+    except ValueError as e: f.fail('layers', str(e))
+    size = {'L': len(layers), 'D': layers[0].size}
+    for name, shape in shapes.items(): setattr(d, name, f.array(name, _REAL, tuple(size.get(n, n) for n in shape)))
+    return d
+
+# %% ../nbs/08_guard.ipynb #ac7ab7e1
 @patch(cls_method=True)
 def load(cls:Guard,
     path:str|Path, # From `save`
     model:nn.Module, # The model that it guarded
     strict:bool=True, # Refuse a model of the same structure with other weights
+    **how, # `on_alarm` and `stop`, as for `Guard`
 ) -> Guard:
     "Read a guard and put it round `model`; raises `ValueError` naming file and field if they do not fit"
     f = Fields(path, *read_tensors(path, 'guard'))
-    detector, t = _read_detector(f), f.get('threshold', int, float, ok=math.isfinite)
+    kind = f.get('detector', str, ok=lambda v: v == 'DrDNA' or v in _KINDS)
+    detector, t = _read_drdna(f) if kind == 'DrDNA' else _read_layers(f, kind), f.get('threshold', int, float, ok=math.isfinite)
     info = {'fpr': f.get('fpr', int, float), 'profiled': f.get('profiled', int), 'calibrated': f.get('calibrated', int), 'structure': f.get('structure', str), 'weights': f.get('weights', str)}
-    if info['structure'] != structure(model): f.fail('structure', f'belongs to another model than this {type(model).__name__}')
+    if info['structure'] != structure(model): f.fail('structure', f'belongs to another model than this {type(model).__name__}: other modules, shapes or dtypes')
     if strict and info['weights'] != weights_hash(model): f.fail('weights', 'belongs to other weights of this model; fit again, or load with strict=False')
-    return cls(model, detector.to(device_of(model)), t, info)
+    return cls(model, detector, t, info, **how)

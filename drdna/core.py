@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/00_core.ipynb #bf3c02de
@@ -385,33 +386,37 @@ class Recorder(Tap):
         model:nn.Module, # The network
         layers:list[Layer], # In execution order
         fn:Callable, # `fn(x, i, call) -> Tensor`, first axis N; `x` is detached, so copy what you keep of it
+        asleep:bool=False, # Record between `start` and `sleep` alone; other forwards pass unseen
     ):
-        self.names, self.record = [l.name for l in layers], _Mine()
+        self.names, self.record, self.asleep = [l.name for l in layers], _Mine(), asleep
         place = {name: i for i, name in enumerate(self.names)}
         def note(x, call):
+            rows = self._rows()
+            if rows is None: return
             i = place[call.layer.name]
-            self._rows()[i] = fn(x.detach() if x.requires_grad else x, i, call)
+            rows[i] = fn(x.detach() if x.requires_grad else x, i, call)
         super().__init__(model, layers, note)
 
+    def start(self): self.record.set({}) # This thread records, and forgets what it had
+    def sleep(self): self.record.set(None)
     def _rows(self):
-        if self.record.get() is None: self.start()
+        if self.record.get() is None and not self.asleep: self.start()
         return self.record.get()
 
-    def start(self):
-        "Forget what this thread has recorded, such as the beginning of a forward that failed"
-        self.record.set({})
+# %% ../nbs/00_core.ipynb #aa87cc06
+@patch
+def so_far(self:Recorder, n:int) -> list[Tensor]: # One result per layer
+    "The results of the first n layers; raises `RuntimeError` if one of them has not run"
+    rows = self._rows() or {}
+    missing = [name for i, name in enumerate(self.names[:n]) if i not in rows]
+    if missing: raise RuntimeError(f'layer {missing[0]} did not run in the last forward ({len(missing)} of {len(self.names)} missing)')
+    return [rows[i] for i in range(n)]
 
-    def so_far(self, n:int) -> list[Tensor]: # One result per layer
-        "The results of the first n layers; raises `RuntimeError` if one of them has not run"
-        rows = self._rows()
-        missing = [name for i, name in enumerate(self.names[:n]) if i not in rows]
-        if missing: raise RuntimeError(f'layer {missing[0]} did not run in the last forward ({len(missing)} of {len(self.names)} missing)')
-        return [rows[i] for i in range(n)]
-
-    def take(self) -> list[Tensor]: # One result per layer
-        "The results of this thread's last forward, which are then forgotten; raises `RuntimeError` if it did not reach every layer"
-        try: return self.so_far(len(self.names))
-        finally: self.start()
+@patch
+def take(self:Recorder) -> list[Tensor]: # One result per layer
+    "The results of this thread's last forward, which are then forgotten; raises `RuntimeError` if it did not reach every layer"
+    try: return self.so_far(len(self.names))
+    finally: self.sleep()
 
 # %% ../nbs/00_core.ipynb #ae7a5f0a
 def structure(model:nn.Module) -> str: # 64 hexadecimal digits

@@ -39,14 +39,15 @@ class Guard(nn.Module):
         self.model, self.detector, self.threshold, self.info = model, detector, threshold, info or {}
         self.on_alarm, self.stop, self.closed, self.training = on_alarm, stop, False, model.training
         self._check()
-        self.recorder = Recorder(model, detector.layers, self._stopper() if stop else self._observe)
+        self.recorder = Recorder(model, detector.layers, self._stopper() if stop else self._observe, asleep=True)
 
     def forward(self, *args, **kwargs) -> tuple[object, Verdict]:
         "The model's output, and for every sample: alarm or not, the first abnormal layer, the score"
         if self.closed: raise RuntimeError('this guard is closed: nobody watches its model')
         self.recorder.start()
-        y = self.model(*args, **kwargs)
-        verdict = judge(self._statistic(self.recorder.take()), self.threshold)
+        try: y, records = self.model(*args, **kwargs), self.recorder.so_far(len(self.layers))
+        finally: self.recorder.sleep()
+        verdict = judge(self._statistic(records), self.threshold)
         return (y, verdict) if self.on_alarm is None else self._act(verdict, y)
 
 # %% ../nbs/08_guard.ipynb #1b6dd0bc
@@ -114,10 +115,10 @@ def _enough(n, fpr):
     try: threshold(torch.zeros(n // 2), fpr)
     except ValueError as e: raise ValueError(f'{e}; half of the data calibrates, so give twice as many') from None
 
-def _calibrated(m:Tensor, fpr:float) -> float:
-    "The threshold; raises `ValueError` if clean inputs look infinitely abnormal"
-    if bad := int((~m.isfinite()).sum()): raise ValueError(f'{bad} of {len(m)} clean inputs have a statistic that is not finite: are NaN or infinite values among them?')
-    return threshold(m, fpr)
+def _finite(v:Tensor) -> Tensor: # `(n, ...)`
+    "The same; raises `ValueError` if clean inputs give anything that is not finite, for then a threshold could be infinite"
+    if bad := int((~v.reshape(len(v), -1).isfinite()).any(1).sum()): raise ValueError(f'{bad} of {len(v)} clean inputs give values that are not finite: are NaN or infinite ones among them?')
+    return v
 
 # %% ../nbs/08_guard.ipynb #1da082b3
 def _halves(n, seed):
@@ -136,7 +137,7 @@ def _fit_layers(model, data, fpr, layers, seed, forward, make):
     "The same for a `LayerDetector`"
     first, data = _peek(data)
     d = make(layers or find_layers(model, first, forward=forward))
-    clean = collect_clean(model, data, {'guard': d}, forward, 'profile')['guard']
+    clean = _finite(collect_clean(model, data, {'guard': d}, forward, 'profile')['guard'])
     _enough(len(clean), fpr)
     a, b = _halves(len(clean), seed)
     d.learn(clean[a])
@@ -164,7 +165,7 @@ def fit(cls:Guard,
     fit, more = (_fit_layers, (detector,)) if detector else (_fit_drdna, (k, bins, lam, rule))
     d, clean, n = fit(model, data, fpr, layers, seed, forward, *more)
     info = {'fpr': fpr, 'profiled': n, 'calibrated': len(clean), 'structure': structure(model), 'weights': weights_hash(model)}
-    return cls(model, d, _calibrated(clean.amax(-1), fpr), info, **how)
+    return cls(model, d, threshold(_finite(clean.amax(-1)), fpr), info, **how)
 
 # %% ../nbs/08_guard.ipynb #05c17bfb
 if hasattr(pytree, '_register_namedtuple'): pytree._register_namedtuple(Verdict, serialized_type_name='drdna.detection.Verdict')
@@ -220,8 +221,8 @@ def calibrate(self:Guard,
     forward:Callable|None=None, # `forward(model, batch)`, if the default call does not fit
 ) -> Guard:
     "Set the threshold from `data`; raises `ValueError`, and keeps the old one, if there is too little of it"
-    m = self.detector.statistic(collect_clean(self.model, data, {'guard': self.detector}, forward)['guard']).amax(-1)
-    self.threshold, self.info = _calibrated(m, fpr), self.info | {'fpr': fpr, 'calibrated': len(m)}
+    m = _finite(self.detector.statistic(collect_clean(self.model, data, {'guard': self.detector}, forward)['guard']).amax(-1))
+    self.threshold, self.info = threshold(m, fpr), self.info | {'fpr': fpr, 'calibrated': len(m)}
     return self
 
 # %% ../nbs/08_guard.ipynb #7671f1b9

@@ -146,6 +146,8 @@ def test_a_failed_forward_leaves_nothing_for_the_next(model, data, x):
 def test_several_guards_on_one_model(model, data, x):
     with make(model, data) as a, make(model, data, 'Range') as b:
         va = a(x)[1]
+        model(x)
+        assert a.recorder.record.get() is None, 'a guard sleeps unless it is called'
         assert same(b(x)[1], b(x)[1])
         b.close(); b.close()
         assert same(a(x)[1], va)

@@ -286,6 +286,8 @@ class _Hook:
         self.taps, self.count, self.several = (), _Mine(), False
         self.handle = module.register_forward_hook(self, with_kwargs=True)
 
+    def __deepcopy__(self, memo): return self  # a copied network is another one, which nobody has tapped
+
     def __call__(self, module, args, kwargs, out):
         n = self._next() if self.several else 1
         for tap in self.taps:
@@ -335,6 +337,8 @@ class Tap:
 
     def _restart(self, model, args):
         for hook in self.several: hook.count.set(0)
+
+    def __deepcopy__(self, memo): return self
 
     def run(self, call, out):
         new = self.fn(view(call.layer, out), call)

@@ -76,11 +76,14 @@ _DTYPES = {str(d).removeprefix('torch.'): d for d in (torch.float64, torch.float
 def _kind(d) -> str: # Also the detector's name in a file
     return f'{type(d).__name__} {d.how.__name__}' if isinstance(d, Doubt) else type(d).__name__
 
+def _plain(model):
+    if hasattr(model, '_orig_mod'): raise ValueError('the model is compiled, so no tap would run: put the guard round the plain model and compile the guard')
+
 @patch
 def _check(self:Guard):
     "Raise `ValueError` if model, detector and options do not fit together"
+    _plain(self.model)
     kind, own = type(self.model).__name__, structure(self.model)
-    if hasattr(self.model, '_orig_mod'): raise ValueError('the model is compiled, so no tap would run: put the guard round the plain model and compile the guard')
     if self.info.get('structure', own) != own: raise ValueError(f'the detector was fitted on another model than this {kind}: other modules, shapes or dtypes')
     if self.on_alarm not in (None, 'raise') and not callable(self.on_alarm): raise ValueError(f"on_alarm={self.on_alarm!r}: None, 'raise' or a function `f(verdict, y)`")
     if self.stop not in (None, 'first'): raise ValueError(f"stop={self.stop!r}: None or 'first'")
@@ -160,6 +163,7 @@ def fit(cls:Guard,
     **how, # `on_alarm` and `stop`, as for `Guard`
 ) -> Guard:
     "Profile the model on one half of `data` and calibrate on the other; raises `ValueError` if there is too little of it"
+    _plain(model)
     dataset = getattr(data, 'dataset', None)
     _enough(len(dataset) if hasattr(dataset, '__len__') else None, fpr)
     fit, more = (_fit_layers, (detector,)) if detector else (_fit_drdna, (k, bins, lam, rule))

@@ -1,5 +1,5 @@
 "The guard on its ways: compiled, exported, in threads; acting on alarms; and what it refuses"
-import io, shutil, threading
+import copy, io, shutil, threading
 
 import pytest, torch
 from torch import nn
@@ -153,6 +153,12 @@ def test_several_guards_on_one_model(model, data, x):
         assert same(a(x)[1], va)
         with pytest.raises(RuntimeError, match='this guard is closed'): b(x)
 
+def test_a_copy_of_a_guarded_model_is_not_watched(model, data, x):
+    with make(model, data) as g:
+        want, y = g(x)[1], model(x)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(x).nan_to_num(), y.nan_to_num()) and same(g(x)[1], want)
+
 # ---------------------------------------------------------------- acting
 
 def test_callback(guard, x):
@@ -251,6 +257,7 @@ def test_another_model(model, data, x):
     low = Net().eval().bfloat16()
     with Guard(low, g.detector, 1.) as h, pytest.raises(ValueError, match='torch.bfloat16, but the detector was fitted on float32'): h(x.bfloat16())
     with pytest.raises(ValueError, match='compile the guard'): Guard(torch.compile(model), g.detector, 1.)
+    with pytest.raises(ValueError, match='compile the guard'): Guard.fit(torch.compile(model), data)
     assert not any(m._forward_hooks for n in (low, model) for m in n.modules())
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
@@ -273,7 +280,6 @@ def test_bad_options(model, data):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA')
 def test_cuda_waits_for_nothing(model, data, x):
-    import copy
     gpu = copy.deepcopy(model).cuda()
     for name in DETECTORS:
         with make(model, data, name) as g: want = g(x)[1]

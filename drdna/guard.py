@@ -39,6 +39,7 @@ class Guard(nn.Module):
         self.model, self.detector, self.threshold, self.info = model, detector, threshold, info or {}
         self.on_alarm, self.stop, self.closed, self.training = on_alarm, stop, False, model.training
         self._check()
+        self.numbers = _numbers(detector)
         self.recorder = Recorder(model, detector.layers, self._stopper() if stop else self._observe, asleep=True)
 
     def forward(self, *args, **kwargs) -> tuple[object, Verdict]:
@@ -101,14 +102,17 @@ def _observe(self:Guard, x, i, call):
 @patch
 @torch.no_grad()
 def _statistic(self:Guard, records) -> Tensor: # `(N, L)`
-    _move(self.detector, records[0].device)
+    _move(self.detector, self.numbers, records[0].device)
     return self.detector.statistic(torch.cat(records, 1) if self.stop else self.detector.collect(records))
 
-def _move(detector, device):
+def _numbers(d) -> list: # Names
+    "What a detector keeps in tensors of its own; Dr. DNA's follow what it reads"
+    return [] if isinstance(d, DrDNA) else [k for k, v in vars(d).items() if isinstance(v, Tensor)]
+
+def _move(d, names, device):
     "Bring the numbers of a detector to where the model runs; nothing is copied if they are there"
-    if isinstance(detector, DrDNA): return  # it follows what it reads
-    for k, v in vars(detector).items():
-        if isinstance(v, Tensor) and v.device != device: setattr(detector, k, v.to(device))
+    for k in names:
+        if (v := getattr(d, k)).device != device: setattr(d, k, v.to(device))
 
 # %% ../nbs/08_guard.ipynb #a61bfda1
 def _enough(n, fpr):
@@ -210,7 +214,7 @@ def _stopper(self:Guard):
     @torch.no_grad()
     def look(x, i, call):
         one, so_far = parts[i]
-        _move(one, x.device); _move(so_far, x.device)
+        for d in (one, so_far): _move(d, self.numbers, x.device)
         tests = one.collect([self._observe(x, i, call)])
         verdict = judge(so_far.statistic(torch.cat([*self.recorder.so_far(i), tests], 1)), self.threshold)
         if verdict.alarm.any(): raise SDCDetected(verdict, self.layers)

@@ -26,8 +26,12 @@ class LayerDetector:
         self.layers = list(layers)
         if not self.layers: raise ValueError('a detector needs at least one layer to look at')
 
+    any_order = False # Whether `reduce` may see the values of a sample in any order
+    apart = True # Whether each layer is judged by what was kept of it alone
+
     def observe(self, x:Tensor, i:int, call=None) -> Tensor: # `(N, R)`
         "What is kept of layer i"
+        if self.any_order and not x.is_contiguous(): x = x.permute(0, *sorted(range(1, x.ndim), key=lambda d: -x.stride(d)))  # as they lie in memory, without a copy
         return self.reduce(x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)))
     def collect(self, records:list) -> Tensor: return torch.stack(records, 1) # `(N, L, R)`
     def learn(self, clean:Tensor): "Take from clean records, `(n, L, R)`, what is usual"
@@ -57,13 +61,15 @@ def fit_detectors(
 # %% ../nbs/06_baselines.ipynb #c00201ea
 class NonFinite(LayerDetector):
     "1 where a layer holds a value that is not finite, else 0"
-    def reduce(self, x): return (~x.isfinite()).any(1, keepdim=True).to(x.dtype)
+    any_order = True
+    def reduce(self, x): return (~(x.amin(1).isfinite() & x.amax(1).isfinite())).unsqueeze(1).to(x.dtype) # both see NaN; ten times faster than a look at every value
     def judge_layers(self, records): return records[..., 0]
 
 # %% ../nbs/06_baselines.ipynb #b94ea923
 class Range(LayerDetector):
     "How far the worst value of a layer lies outside its clean range, in ranges; negative inside (SED, Ranger)"
-    def reduce(self, x): return torch.stack([x.amin(1), x.amax(1)], 1) # `aminmax` of one axis takes some twenty times as long
+    any_order = True
+    def reduce(self, x): return torch.stack([x.amin(1), x.amax(1)], 1) # ten times faster than `aminmax(dim=1)`
     def learn(self, clean): self.lo, self.hi = clean[..., 0].amin(0), clean[..., 1].amax(0) # `(L,)` each
     def judge_layers(self, records):
         lo, hi = self.lo.to(records.device), self.hi.to(records.device)
@@ -73,6 +79,7 @@ class Range(LayerDetector):
 # %% ../nbs/06_baselines.ipynb #f27b170b
 class Extremes(Standardised):
     "Largest deviation of a layer's minimum, maximum and norm from their clean means, in clean standard deviations"
+    any_order = True
     def reduce(self, x): return torch.stack([x.amin(1), x.amax(1), x.norm(dim=1)], 1)
 
 # %% ../nbs/06_baselines.ipynb #0e904889

@@ -8,7 +8,7 @@ Docs: https://drdna.github.io/drdna/checksums.html.md"""
 __all__ = ['Folded', 'Affine', 'Norm', 'Product', 'relations', 'Checksum']
 
 # %% ../nbs/06b_checksums.ipynb #4d39027d
-import copy
+import copy, math
 from collections.abc import Callable
 
 import torch
@@ -53,7 +53,8 @@ class Folded:
             self.index.append((d, index.int()))
         self.kept = v.float()
 
-    def __call__(self) -> Tensor: # float32, flat
+    def __call__(self, device='cpu') -> Tensor: # float32, flat
+        if self.kept.device != torch.device(device): self.to(device)
         v = self.kept
         for d, index in reversed(self.index): v = v.index_select(d, index)
         return v.flatten()
@@ -66,19 +67,19 @@ class Folded:
 class Affine:
     "`<1, y> = <v, x> + c`, for one layer or several in a row"
     def __init__(self, head, tail, v, c): self.head, self.tail, self.v, self.c = head, tail, Folded(v), c
-    def before(self, args, n): return args[0].reshape(n, -1).float() @ self.v() + self.c
+    def before(self, args, n): return args[0].reshape(n, -1).float() @ self.v(args[0].device) + self.c
     def after(self, x): return x.flatten(1).sum(1, dtype=torch.float32)
 
 # %% ../nbs/06b_checksums.ipynb #e0a8e912
 class Norm:
     "A layer normalisation's output, scaled back, adds up to 0"
     def __init__(self, i, m:nn.LayerNorm):
-        self.head = self.tail = i
+        self.head, self.tail, self.size = i, i, math.prod(m.normalized_shape)
         one = torch.ones(m.normalized_shape).flatten().double()
         self.v = Folded(one if m.weight is None else 1 / m.weight.detach().double().flatten().cpu())
         self.c = 0. if m.bias is None else float((m.bias.detach().double().cpu().flatten() * self.v()).sum())
-    def before(self, args, n): return self.c * (args[0].numel() // n // len(self.v()))
-    def after(self, x): return x.reshape(len(x), -1, len(v := self.v())).sum(1, dtype=torch.float32) @ v
+    def before(self, args, n): return self.c * (args[0].numel() // n // self.size)
+    def after(self, x): return x.reshape(len(x), -1, self.size).sum(1, dtype=torch.float32) @ self.v(x.device)
 
 class Product:
     "All of a matrix product adds up to the column sums of its left factor times the row sums of its right one"
@@ -133,6 +134,7 @@ def relations(
 # %% ../nbs/06b_checksums.ipynb #bdca7893
 class Checksum(Standardised):
     "Deviation of what each relation leaves over from its clean mean, in clean standard deviations (after Huang and Abraham 1984)"
+    apart = False # A relation spans layers, so that none is judged by itself
     def __init__(self,
         model:nn.Module, # The network, with the right weights
         batch, # One batch as the loader yields it

@@ -181,22 +181,23 @@ class Fields:
         return x
 
 # %% ../nbs/02_profiling.ipynb #e47851ab
-def pack_layers(layers:list[Layer], sites:list[Tensor]) -> tuple[dict, dict]: # Arrays and meta
-    "Layers and sites in the form in which files carry them"
+def pack_layers(layers:list[Layer], sites:list[Tensor]|None=None) -> tuple[dict, dict]: # Arrays and meta
+    "Layers, and their sites if there are any, in the form in which files carry them"
+    if sites is None: return {}, {'layers': [asdict(l) for l in layers]}
     return {'sites': torch.cat(sites)}, {'layers': [asdict(l) | {'k': len(s)} for l, s in zip(layers, sites)]}
 
-def unpack_layers(f:Fields) -> tuple[list, list]: # Layers and sites
+def unpack_layers(f:Fields, sites:bool=True) -> tuple[list, list]: # Layers and sites
     "Undo `pack_layers`, checking every field"
     rows = f.get('layers', list, ok=len)
     try:
-        ks = [r.pop('k') for r in rows]
+        ks = [r.pop('k') if sites else 1 for r in rows]
         found = [Layer(**(r | {'shape': tuple(r['shape']), 'item': tuple(r['item'])})) for r in rows]
         if not all(type(n) is int and n > 0 for l, k in zip(found, ks) for n in (k, l.call, l.calls, l.groups, *l.shape)): raise TypeError
         if not all(type(l.batch_dim) is int and 0 <= l.batch_dim <= len(l.shape) and all(type(i) in (int, str) for i in l.item) for l in found): raise TypeError
         if len({l.name for l in found}) < len(found): raise TypeError
         if not all(isinstance(s, str) for l in found for s in (l.name, l.path, l.kind, l.dtype)): raise TypeError
     except (TypeError, KeyError, AttributeError): f.fail('layers', 'does not describe layers')
-    sites = list(f.array('sites', (torch.int64,), (sum(ks),)).split(ks))
+    sites = list(f.array('sites', (torch.int64,), (sum(ks),)).split(ks)) if sites else []
     for l, s in zip(found, sites):
         if int(s.min()) < 0 or int(s.max()) >= l.size: f.fail('sites', f'lies outside layer {l.name}')
     return found, sites

@@ -35,7 +35,7 @@ def frequencies(index:Tensor, bins:int) -> Tensor:
 def rarity(a:Tensor, lo:Tensor, hi:Tensor, freq:Tensor) -> Tensor: # `(N, L, K)`
     "One minus the profiled frequency of each value's bin; 1 outside the profiled range and for non-finite values"
     index = bins_of(a, lo, hi, freq.shape[-1])
-    f = freq.expand(len(a), *freq.shape).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    f = freq.expand(a.shape[0], *freq.shape).gather(-1, index.unsqueeze(-1)).squeeze(-1)
     return 1 - torch.where((a >= lo) & (a <= hi), f, 0)  # both are False for NaN
 
 def tau1(
@@ -75,7 +75,7 @@ def tau2(
     cdf:Tensor, # Pooled distribution function at the bin edges, `(L, B + 1)`, from 0 to 1
 ) -> Tensor: # `(N, L)`, between 0 and `1 + C`
     "Earth mover's distance between the layer's values and its pooled histogram (Dr. DNA, test 2)"
-    n, (L, bins) = len(a), (cdf.shape[0], cdf.shape[1] - 1)
+    n, (L, bins) = a.shape[0], (cdf.shape[0], cdf.shape[1] - 1)
     edges = torch.linspace(0, 1, bins + 1, dtype=a.dtype, device=a.device).expand(n, L, -1)
     weight = (mask / mask.sum(-1, keepdim=True)).to(a.dtype).expand(n, -1, -1)
     points, order = torch.cat([unit(a, lo, hi), edges], -1).sort(-1)
@@ -102,7 +102,7 @@ def monitored_extremes(
 ) -> Tensor: # `(N, L, 4)`
     "What `tau3` compares, with the monitored sites as its scope"
     hi, lo = a.masked_fill(~mask, -torch.inf).amax(-1), a.masked_fill(~mask, torch.inf).amin(-1)
-    top, bottom = a.gather(-1, ends.expand(len(a), -1, -1)).unbind(-1)
+    top, bottom = a.gather(-1, ends.expand(a.shape[0], -1, -1)).unbind(-1)
     return torch.stack([top, hi, bottom, lo], -1)
 
 # %% ../nbs/03_scoring.ipynb #0b1f2b6d
@@ -111,7 +111,7 @@ def score(
     lam:tuple=(1, 1, 1), # Weights λ of the three tests
 ) -> Tensor: # `S`, `(N, L)`
     "Weighted tests, summed over the layers so far"
-    return (tau * torch.tensor(lam, dtype=tau.dtype, device=tau.device)).sum(-1).cumsum(-1)
+    return sum(t * w for t, w in zip(tau.unbind(-1), lam)).cumsum(-1)  # numbers, not a tensor: a copy to the device would wait for it
 
 def margin(
     S:Tensor, # Scores `(N, L)`
@@ -134,6 +134,7 @@ class Tables:
     def tests(self, values:Tensor) -> Tensor: # `(N, L, K)`, or `K + 4` columns in scope `layer`, to `(N, L, 3)`
         "All three tests of every layer, on the device of `values`, a thousand inputs at a time"
         t = self if self.mask.device == values.device else self.to(values.device)
+        if torch.compiler.is_compiling(): return t._tests(values)  # a graph is for any number of inputs
         return torch.cat([t._tests(v) for v in values.split(1000)])
 
     def _tests(self, values):

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from safetensors import safe_open
 from torch import nn
 
+from drdna.baselines import Extremes
 from drdna.guard import Guard
 from drdna.profiling import load_profile, profile, save_profile
 
@@ -20,12 +21,13 @@ def folder(model, tmp_path_factory):
     f = tmp_path_factory.mktemp('files')
     data = torch.randn(400, 6).split(50)
     with Guard.fit(model, data, fpr=.05, k=4) as g: g.save(f / 'guard')
+    with Guard.fit(model, data, fpr=.05, detector=Extremes) as g: g.save(f / 'extremes')
     save_profile(profile(model, data, k=4), f / 'profile')
     return f
 
-def read(kind, path, model): return Guard.load(path, model).close() if kind == 'guard' else load_profile(path)
+def read(kind, path, model): return Guard.load(path, model).close() if kind != 'profile' else load_profile(path)
 
-@pytest.mark.parametrize('kind', ['guard', 'profile'])
+@pytest.mark.parametrize('kind', ['guard', 'extremes', 'profile'])
 def test_the_whole_file_loads_and_every_truncation_fails(kind, folder, model):
     read(kind, folder / kind, model)
     raw, bad = (folder / kind).read_bytes(), folder / 'cut'
@@ -33,7 +35,7 @@ def test_the_whole_file_loads_and_every_truncation_fails(kind, folder, model):
         bad.write_bytes(raw[:n])
         with pytest.raises(ValueError, match='cut: not a safetensors file'): read(kind, bad, model)
 
-@pytest.mark.parametrize('kind', ['guard', 'profile'])
+@pytest.mark.parametrize('kind', ['guard', 'extremes', 'profile'])
 def test_a_pickle_is_not_opened(kind, folder, model, tmp_path):
     class Evil:
         def __reduce__(self): return (tmp_path.joinpath('owned').touch, ())
@@ -41,7 +43,7 @@ def test_a_pickle_is_not_opened(kind, folder, model, tmp_path):
     with pytest.raises(ValueError, match='evil: not a safetensors file'): read(kind, tmp_path / 'evil', model)
     assert not (tmp_path / 'owned').exists()
 
-@pytest.mark.parametrize('kind', ['guard', 'profile'])
+@pytest.mark.parametrize('kind', ['guard', 'extremes', 'profile'])
 def test_each_missing_field_is_named(kind, folder, model, tmp_path):
     arrays = load_file(folder / kind)
     with safe_open(folder / kind, 'pt') as f: head = f.metadata()
@@ -60,7 +62,7 @@ scalars = st.one_of(st.none(), st.booleans(), st.integers(-10, 10**9), st.floats
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_fields_never_surprise(data, folder, model, tmp_path):
-    kind = data.draw(st.sampled_from(['guard', 'profile']))
+    kind = data.draw(st.sampled_from(['guard', 'extremes', 'profile']))
     arrays = load_file(folder / kind)
     with safe_open(folder / kind, 'pt') as f: head = f.metadata()
     meta = json.loads(head['meta'])

@@ -1,0 +1,297 @@
+"The guard on its ways: compiled, exported, in threads; acting on alarms; and what it refuses"
+import copy, io, shutil, threading
+
+import pytest, torch
+from torch import nn
+
+from drdna.baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, Range, energy
+from drdna.core import Tap, layers
+from drdna.detection import DrDNA
+from drdna.guard import Guard, SDCDetected
+
+NEW = torch.__version__ >= (2, 6)
+new = pytest.mark.skipif(not NEW, reason='torch 2.4 traces stand-ins of the modules, which nobody has tapped')
+
+class Net(nn.Module):
+    "A skip path and a module that is called twice"
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.conv2, self.bn2 = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.relu, self.fc = nn.ReLU(), nn.Linear(8, 4)
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)) + x)
+        return self.fc(x.mean((2, 3)))
+
+DETECTORS = {'DrDNA': None, 'Range': Range, 'Extremes': Extremes, 'NonFinite': NonFinite, 'Doubt': lambda ls: Doubt(ls, energy), 'Mahalanobis': lambda ls: Mahalanobis(ls[-1:])}
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return Net().eval().requires_grad_(False)
+
+@pytest.fixture(scope='module')
+def data(): return torch.randn(400, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(50)
+
+@pytest.fixture
+def x():
+    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    x[1] *= 30; x[4] = torch.nan
+    return x
+
+def everywhere(model, data): return layers(model, data[0], want=lambda m: True)
+
+def make(model, data, name='DrDNA', **kw): return Guard.fit(model, data, fpr=.05, k=4, layers=everywhere(model, data), detector=DETECTORS[name], **kw)
+
+@pytest.fixture(params=DETECTORS)
+def guard(request, model, data):
+    with make(model, data, request.param) as g: yield g
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+def same(a, b): return all(torch.equal(p.nan_to_num(7e7), q.nan_to_num(7e7)) for p, q in zip(a, b))
+
+class Graphs:
+    "A backend that counts the graphs and runs them as they are"
+    def __init__(self): self.count = 0
+    def __call__(self, gm, inputs):
+        self.count += 1
+        return gm.forward
+
+@pytest.fixture(autouse=True)
+def fresh(): torch.compiler.reset()
+
+# ---------------------------------------------------------------- return mode
+
+def test_one_graph_with_the_same_verdicts(guard, x):
+    y, want = guard(x)
+    assert want.alarm[4], 'an input of NaN raises an alarm'
+    backend = Graphs()
+    f = torch.compile(guard, fullgraph=True, backend=backend)
+    for _ in range(3):
+        out, got = f(x)
+        assert torch.equal(out.nan_to_num(), y.nan_to_num()) and same(got, want)
+    assert backend.count == 1
+
+def test_threads_share_one_graph(model, data, x):
+    backend, bad = Graphs(), []
+    with make(model, data) as g:
+        f, want = torch.compile(g, fullgraph=True, backend=backend, dynamic=True), g(x)[1]
+        f(x)
+        def work():
+            for _ in range(5):
+                if not same(f(x)[1], want): bad.append(1)
+        run_all([work] * 12)
+    assert not bad and backend.count == 1
+
+@pytest.mark.parametrize('name', ['DrDNA', 'Extremes'])
+def test_other_backends_alarm_the_same(model, data, x, name):
+    with make(model, data, name) as g:
+        want = g(x)[1]
+        for backend in ['aot_eager'] + ['inductor'] * (NEW and shutil.which('g++') is not None):
+            torch.compiler.reset()
+            got = torch.compile(g, fullgraph=True, backend=backend)(x)[1]
+            assert torch.equal(got.alarm, want.alarm) and torch.equal(got.layer, want.layer), backend
+            torch.testing.assert_close(got.score, want.score, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+@new
+def test_export_for_any_batch_and_save(guard, x):
+    shape = {0: torch.export.Dim('n', min=2, max=4096)}
+    program = torch.export.export(guard, (x,), dynamic_shapes=((shape,),), strict=False)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    for run in (program.module(), torch.export.load(file).module()):
+        assert same(run(x)[1], guard(x)[1]) and same(run(x[:3])[1], guard(x[:3])[1])
+
+@new
+def test_strict_export(model, data, x):
+    with make(model, data) as g: assert same(torch.export.export(g, (x,), strict=True).module()(x)[1], g(x)[1])
+
+def test_contexts_and_memory_formats(guard, x):
+    want = guard(x)[1]
+    with torch.inference_mode(): assert same(guard(x)[1], want)
+    assert same(guard(x)[1], want), 'nothing of inference mode is left'
+    got = guard(x.to(memory_format=torch.channels_last))[1]
+    assert torch.equal(got.alarm, want.alarm)
+    with torch.autocast('cpu', torch.bfloat16): low = guard(x)[1]
+    assert low.alarm[4] and low.score.dtype in (torch.float32, torch.float64)
+    assert not guard(x[:0])[1].alarm.numel()
+
+def test_nothing_of_the_model_changes(data):
+    model = Net()
+    before, keys = {k: v.clone() for k, v in model.state_dict().items()}, list(model.state_dict())
+    with Guard.fit(model, data, fpr=.05) as g:
+        assert model.training and g.training and list(model.state_dict()) == keys and list(g.state_dict()) == [f'model.{k}' for k in keys]
+        assert g.eval() is g and not model.training
+        y, v = g(data[0])
+        y.sum().backward()
+        assert model.fc.weight.grad is not None and not v.score.requires_grad
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+def run_all(jobs):
+    threads = [threading.Thread(target=j) for j in jobs]
+    for t in threads: t.start()
+    for t in threads: t.join()
+
+def test_a_verdict_belongs_to_its_call(guard, data):
+    want, bad = [guard(b)[1] for b in data], []
+    def work(i):
+        for _ in range(20):
+            if not same(guard(data[i])[1], want[i]): bad.append(i)
+    run_all([lambda i=i: work(i) for i in range(len(data))])
+    assert not bad
+
+def test_a_failed_forward_leaves_nothing_for_the_next(model, data, x):
+    with make(model, data) as g:
+        want = g(x)[1]
+        with pytest.raises(RuntimeError): g(torch.zeros(2, 5, 8, 8))
+        with pytest.raises(ValueError, match='inputs must keep the shape'): g(torch.zeros(2, 3, 9, 9))
+        assert same(g(x)[1], want)
+
+def test_several_guards_on_one_model(model, data, x):
+    with make(model, data) as a, make(model, data, 'Range') as b:
+        va = a(x)[1]
+        model(x)
+        assert a.recorder.record.get() is None, 'a guard sleeps unless it is called'
+        assert same(b(x)[1], b(x)[1])
+        b.close(); b.close()
+        assert same(a(x)[1], va)
+        with pytest.raises(RuntimeError, match='this guard is closed'): b(x)
+
+def test_a_copy_of_a_guarded_model_is_not_watched(model, data, x):
+    with make(model, data) as g:
+        want, y = g(x)[1], model(x)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(x).nan_to_num(), y.nan_to_num()) and same(g(x)[1], want)
+
+# ---------------------------------------------------------------- acting
+
+def test_callback(guard, x):
+    y, want = guard(x)
+    calls = []
+    with Guard(guard.model, guard.detector, guard.threshold, on_alarm=lambda v, out: calls.append((v, out))) as g:
+        out, v = g(x)
+        assert same(v, want) and same(calls[0][0], want) and calls[0][1] is out
+        g.threshold = torch.inf
+        g(x[:1])
+        assert len(calls) == 1, 'no alarm, no call'
+    with Guard(guard.model, guard.detector, guard.threshold, on_alarm=lambda v, out: 'mended') as g: assert g(x)[0] == 'mended'
+
+def test_raise(guard, x):
+    want = guard(x)[1]
+    with Guard(guard.model, guard.detector, guard.threshold, on_alarm='raise') as g:
+        with pytest.raises(SDCDetected, match='of 6 samples look corrupted') as e: g(x)
+    assert same(e.value.verdict, want) and e.value.layer == guard.layers[int(want.layer[want.alarm].min())].name
+
+@pytest.mark.parametrize('name', DETECTORS)
+@pytest.mark.parametrize('rule', ['global', 'per_layer'])
+def test_stop_ends_the_forward_at_the_alarm_layer(model, data, x, name, rule):
+    ran, new = [], torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(3)) # a calibration input may lie on the threshold
+    with make(model, data, name, rule=rule) as whole: want, clean = whole(x)[1], whole(new)[1]
+    first = int(want.layer[want.alarm].min())
+    with Guard(model, whole.detector, whole.threshold, stop='first') as g:
+        with Tap(model, everywhere(model, data), lambda v, call: ran.append(call.layer.name)), pytest.raises(SDCDetected) as e: g(x)
+        assert e.value.layer == whole.layers[first].name
+        assert torch.equal(e.value.verdict.alarm, want.alarm & (want.layer == first))
+        names = [l.name for l in everywhere(model, data)]
+        assert ran in (names[:names.index(e.value.layer)], names[:names.index(e.value.layer) + 1]), 'no later layer runs'
+        fine = new[~clean.alarm]
+        y, v = g(fine)
+        assert not v.alarm.any() and torch.equal(y, model(fine))
+        torch.testing.assert_close(v.score, clean.score[~clean.alarm], rtol=1e-4, atol=1e-4)
+
+def test_stop_in_threads(model, data, x):
+    new = torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    with make(model, data) as whole: clean = new[~whole(new)[1].alarm]
+    bad = []
+    with Guard(model, whole.detector, whole.threshold, stop='first') as g:
+        def fine():
+            for _ in range(10):
+                try: g(clean)
+                except SDCDetected: bad.append('fine')
+        def broken():
+            for _ in range(10):
+                try: g(x); bad.append('broken')
+                except SDCDetected: pass
+        run_all([fine, broken] * 2)
+    assert not bad
+
+# ---------------------------------------------------------------- files
+
+def test_save_and_load(guard, x, tmp_path):
+    guard.save(tmp_path / 'g')
+    with Guard.load(tmp_path / 'g', guard.model) as g:
+        assert same(g(x)[1], guard(x)[1]) and g.info == guard.info and repr(g) == repr(guard)
+    with pytest.raises(ValueError, match='other modules, shapes or dtypes'): Guard.load(tmp_path / 'g', Net().eval().double())
+    with Guard.load(tmp_path / 'g', guard.model, on_alarm='raise') as g, pytest.raises(SDCDetected): g(x)
+
+def test_a_detector_of_your_own_is_not_saved(model, data, tmp_path):
+    class Mine(Range): pass
+    with Guard.fit(model, data, fpr=.05, detector=Mine) as g, pytest.raises(ValueError, match='a Mine cannot be saved'): g.save(tmp_path / 'g')
+    with Guard(model, g.detector, 1.) as g, pytest.raises(ValueError, match='lacks .*fpr'): g.save(tmp_path / 'g')
+
+# ---------------------------------------------------------------- bad input
+
+def test_too_few_inputs_say_how_many_it_takes(model, data):
+    few = [b[:10] for b in data[:3]]
+    for kind in (None, Range):
+        with pytest.raises(ValueError, match='fpr=0.01 needs at least 99 calibration inputs, got 15; .*twice as many'): Guard.fit(model, few, detector=kind)
+        with pytest.raises(ValueError, match='1 input'): Guard.fit(model, [data[0][:1]], detector=kind, layers=everywhere(model, data))
+        with pytest.raises(ValueError, match='no batch'): Guard.fit(model, [], detector=kind)
+        with pytest.raises(ValueError, match='no batch'): Guard.fit(model, iter([]), detector=kind)
+    with make(model, data) as g:
+        t = g.threshold
+        with pytest.raises(ValueError, match='needs at least 99 calibration inputs, got 50'): g.calibrate(data[:1])
+        with pytest.raises(ValueError, match='no batch'): g.calibrate([])
+        assert g.threshold == t
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_clean_data_must_be_finite(model, data, name):
+    if name == 'NonFinite': pytest.skip('it may count them')
+    with pytest.raises(ValueError, match='not finite|non-finite'): make(model, [*data[:-1], torch.full_like(data[-1], torch.nan)], name)
+
+def test_one_shot_loaders(model, data, x):
+    for kind in (None, Range):
+        with Guard.fit(model, data, fpr=.05, detector=kind) as a, Guard.fit(model, iter(data), fpr=.05, detector=kind) as b: assert same(a(x)[1], b(x)[1])
+
+def test_another_model(model, data, x):
+    with make(model, data) as g: pass
+    with pytest.raises(ValueError, match='fitted on another model than this Linear'): Guard(nn.Linear(2, 2), g.detector, 1., g.info)
+    with pytest.raises(ValueError, match="has no module 'conv1'"): Guard(nn.Linear(2, 2), g.detector, 1.)
+    with pytest.raises(ValueError, match='no layer to monitor'): Guard.fit(nn.ReLU(), data)
+    low = Net().eval().bfloat16()
+    with Guard(low, g.detector, 1.) as h, pytest.raises(ValueError, match='torch.bfloat16, but the detector was fitted on float32'): h(x.bfloat16())
+    with pytest.raises(ValueError, match='compile the guard'): Guard(torch.compile(model), g.detector, 1.)
+    with pytest.raises(ValueError, match='compile the guard'): Guard.fit(torch.compile(model), data)
+    assert not any(m._forward_hooks for n in (low, model) for m in n.modules())
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_other_formats_have_guards_of_their_own(data, x, dtype):
+    model = Net().eval().to(dtype).requires_grad_(False)
+    for kind in (None, Range):
+        with Guard.fit(model, [b.to(dtype) for b in data], fpr=.05, detector=kind) as g:
+            v = g(x.to(dtype))[1]
+            assert v.alarm[4] and v.alarm[1]
+
+def test_bad_options(model, data):
+    with make(model, data, rule='final') as g: pass
+    with pytest.raises(ValueError, match="rule 'final'"): Guard(model, g.detector, 1., stop='first')
+    with pytest.raises(ValueError, match="stop='last'"): Guard(model, g.detector, 1., stop='last')
+    with pytest.raises(ValueError, match="on_alarm='shout'"): Guard(model, g.detector, 1., on_alarm='shout')
+    with pytest.raises(ValueError, match='no output for a callback'): Guard(model, Range(everywhere(model, data)), 1., on_alarm=print, stop='first')
+    assert not any(m._forward_hooks for m in model.modules())
+
+# ---------------------------------------------------------------- a GPU, if there is one
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA')
+def test_cuda_waits_for_nothing(model, data, x):
+    gpu = copy.deepcopy(model).cuda()
+    for name in DETECTORS:
+        with make(model, data, name) as g: want = g(x)[1]
+        with Guard(gpu, g.detector, g.threshold) as h:
+            z = x.cuda()
+            h(z)
+            torch.cuda.set_sync_debug_mode('error')
+            try: got = h(z)[1]
+            finally: torch.cuda.set_sync_debug_mode('default')
+            assert torch.equal(got.alarm.cpu(), want.alarm), name

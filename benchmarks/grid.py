@@ -103,7 +103,7 @@ def tree(model, data, found, dt) -> QuantileTree:
     det = QuantileTree([found[len(found) // 2], found[-4], found[-2]])
     faults = pd.concat([draw_neurons(found, 2000, m, seed=10**6 + i) for i, m in enumerate(v for n in OUT_OF_RANGE for v in kinds(str(dt)[6:])[n][0])], ignore_index=True)
     r = run(model, Batches(data, dt), faults.assign(image=faults.index % 300), found, {'tree': det}, desc='grow a tree')
-    det.learn_faults(r.clean['tree'], r.faulty['tree'][torch.from_numpy((r.table.outcome == 'SDC').to_numpy())])
+    det.learn_faults(r.clean['tree'], r.faulty['tree'][torch.tensor((r.table.outcome == 'SDC').tolist())])
     return det
 
 class Bench:
@@ -165,7 +165,7 @@ def judged(b:Bench, faults, expected) -> pd.DataFrame:
     keep = (r.table.outcome == 'SDC').to_numpy()
     if keep.sum() != expected: raise RuntimeError(f'{expected} SDCs became {keep.sum()} when they were run again')
     t, place = r.table[keep], {n: i for i, l in enumerate(b.found) for n in (l.name, f'{l.path}.weight')}
-    seen = b.verdicts({k: v[torch.from_numpy(keep)] for k, v in r.faulty.items()})
+    seen = b.verdicts({k: v[torch.tensor(keep)] for k, v in r.faulty.items()})
     return pd.DataFrame({'cluster': faults.cluster[faults.part == 0].to_numpy()[t.fault], 'model': t.model.to_numpy(), 'at': t.layer.map(place).to_numpy()} | seen)
 
 def thirds(found) -> list: return [found[len(found) * i // 3:len(found) * (i + 1) // 3] for i in range(3)]

@@ -18,42 +18,33 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
 
-from drdna.baselines import Doubt, Extremes, Mahalanobis, NonFinite, Range, fit_detectors
+from drdna.baselines import fit_detectors
 from drdna.core import layers
-from drdna.data_model import NETWORKS, loader, normalize, sample, trained_resnet18
+from drdna.data_model import loader, normalize, sample
 from drdna.detection import DrDNA
 from drdna.guard import Guard
 from drdna.profiling import profile
 from drdna.scoring import Tables
 
+from grid import NETWORKS, rivals
+
 FOLDER = Path(__file__).parent / 'results'
 
 # ---------------------------------------------------------------- what is compared
-
-def network(name):
-    "The trained network if it is shipped, else one with random weights, which take as long"
-    if name == 'resnet18': return trained_resnet18()
-    torch.manual_seed(0)
-    return NETWORKS[name]().eval().requires_grad_(False)
-
-def spread(found, n):
-    "n of the layers, evenly from the first to the last"
-    return [found[round(i)] for i in np.linspace(0, len(found) - 1, n)]
 
 def detectors(model):
     "`{name: fitted detector}`; how well they are fitted changes nothing in what they cost"
     data = sample('profile')[:200]
     found = layers(model, next(iter(loader(data))))
-    ten = spread(found, 10)
-    rivals = {'non-finite': NonFinite(found), 'range': Range(found), 'range, 10 layers': Range(ten), 'extremes': Extremes(found), 'extremes, 10 layers': Extremes(ten), 'softmax': Doubt(found), 'Mahalanobis': Mahalanobis(found[-1:])}
-    dna = {name: DrDNA.fit(profile(model, loader(data), ls)) for name, ls in {'Dr. DNA': found, 'Dr. DNA, 10 layers': ten}.items()}
-    return dna | fit_detectors(model, loader(data), rivals)
+    dna = {f'Dr. DNA, k={k}': DrDNA.fit(profile(model, loader(data), found, k)) for k in (8, 32, 128)}
+    return dna | fit_detectors(model, loader(data), rivals(model, next(iter(loader(data))), found))
 
 def stored(detector) -> int:
-    "Bytes of the numbers that a detector keeps, sites included"
+    "Bytes of the numbers that a detector keeps, sites and vectors included"
     parts = [detector, *(v for v in vars(detector).values() if isinstance(v, Tables))]
+    vectors = sum(r.v.nbytes for r in getattr(detector, 'relations', []) if r.v)
     sites = sum(s.nbytes for s in detector.cohort.sites) if hasattr(detector, 'cohort') else 0
-    return sites + sum(v.nbytes for p in parts for v in vars(p).values() if isinstance(v, torch.Tensor))
+    return vectors + sites + sum(v.nbytes for p in parts for v in vars(p).values() if isinstance(v, torch.Tensor))
 
 def twin(model):
     "Module objects of its own, the same weight tensors"
@@ -93,7 +84,7 @@ def turns(timers, x, n) -> np.ndarray: # Seconds `(timers, n)`
 
 def measure(a):
     "Write the raw file of one process and mode"
-    model = network(a.network)
+    model = NETWORKS[a.network]()
     weights, images = sum(p.nbytes for p in model.parameters()), normalize(sample('evaluate').images[:max(a.batches)])
     with torch.inference_mode():
         watch = {k: d for k, d in detectors(model).items() if not a.detectors or k in a.detectors}

@@ -17,7 +17,7 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 from drdna.baselines import Doubt, Extremes, Mahalanobis, NonFinite, QuantileTree, Range, energy, entropy, fit_detectors
-from drdna.checksums import Checksum
+from drdna.checksums import Checksum, Together
 from drdna.core import layers
 from drdna.data_model import cifar10_splits, loader, replace_file, trained_resnet18, trained_vit
 from drdna.detection import RULES, DrDNA, collect_clean, judge, threshold
@@ -93,10 +93,12 @@ def settings() -> dict: # Name to `(k, bins, lam, rule)`
 
 def rivals(model, batch, found) -> dict:
     "Everything but Dr. DNA, not fitted yet"
-    blocks = [l for l in layers(model, batch, want=lambda m: True) if l.name in ('maxpool', 'stem.5', 'avgpool', 'fc', 'norm', 'head') or l.name.endswith(('relu#2', 'norm1'))]
+    every = layers(model, batch, want=lambda m: True)
+    blocks = [l for l in every if l.name in ('maxpool', 'stem.5', 'avgpool', 'fc', 'norm', 'head') or l.name.endswith(('relu#2', 'norm1'))]
     pooled = {'Mahalanobis': Mahalanobis([l for l in blocks if l.name == 'avgpool'])} if any(l.name == 'avgpool' for l in blocks) else {}
     return {'non-finite': NonFinite(found), 'range': Range(found), 'range, every 8th layer': Range(found[::8]), 'extremes': Extremes(found), 'extremes, block outputs': Extremes(blocks),
-            'softmax': Doubt(found), 'entropy': Doubt(found, entropy), 'energy': Doubt(found, energy), **pooled, 'checksums, one by one': Checksum(model, batch, fuse=False), 'checksums': Checksum(model, batch)}
+            'softmax': Doubt(found), 'entropy': Doubt(found, entropy), 'energy': Doubt(found, energy), **pooled,
+            'checksums, one by one': Checksum(model, batch, fuse=False), 'checksums': Checksum(model, batch), 'checksums and extremes': Together([Checksum(model, batch), Extremes(blocks)], every)}
 
 def tree(model, data, found, dt) -> QuantileTree:
     "Grown on faults in training images: large values, and the exponent's highest bit"
@@ -191,17 +193,17 @@ def is_full(path, args) -> bool:
 def row_of(t, **more) -> dict:
     "A cell's row: SDCs, faults that made them, and how many each detector saw"
     names = [c for c in t if ' @ ' in c]
-    return t.attrs | more | {c: int((t[c] >= 0).sum()) for c in names}
+    return t.attrs | more | {c: int((t[c] >= 0).sum()) for c in names if not t[c].isna().any()}
 
 def tables(work):
     "The committed tables, from the files of the cells"
     full = [pd.read_parquet(p) for p in sorted(work.glob('*.parquet'))]
     order = ['network', 'dtype', 'target', 'kind', 'third']
-    pd.DataFrame([row_of(t, made_by=t.cluster.nunique() if len(t) else 0) for t in full]).sort_values(order).fillna(0).to_csv(FOLDER / 'grid.csv', index=False, float_format='%.0f')
+    pd.DataFrame([row_of(t, made_by=t.cluster.nunique() if len(t) else 0) for t in full]).sort_values(order).to_csv(FOLDER / 'grid.csv', index=False, float_format='%.0f')
     flips = pd.concat([t.assign(**{k: t.attrs[k] for k in order[:3]}) for t in full if len(t) and t.model.str.startswith('flip(').all()], ignore_index=True)
     flips['bit'] = flips.model.str.extract(r'bit=(\d+)').astype(int)
-    by_bit = [dict(zip([*order[:3], 'bit'], k)) | {'sdcs': len(g)} | {c: int((g[c] >= 0).sum()) for c in g if ' @ 0.001' in c and not g[c].isna().all()} for k, g in flips.groupby([*order[:3], 'bit'])]
-    pd.DataFrame(by_bit).fillna(0).to_csv(FOLDER / 'bits.csv', index=False, float_format='%.0f')
+    by_bit = [dict(zip([*order[:3], 'bit'], k)) | {'sdcs': len(g)} | {c: int((g[c] >= 0).sum()) for c in g if ' @ 0.001' in c and not g[c].isna().any()} for k, g in flips.groupby([*order[:3], 'bit'])]
+    pd.DataFrame(by_bit).to_csv(FOLDER / 'bits.csv', index=False, float_format='%.0f')
     pd.concat([pd.read_csv(p) for p in sorted(work.glob('*.false.csv'))]).to_csv(FOLDER / 'false.csv', index=False)
 
 def main():

@@ -178,8 +178,8 @@ class Together(LayerDetector):
         order:list, # All their layers, and maybe more, in execution order; from `core.layers(model, batch, want=lambda m: True)`
     ):
         wanted = {l.name for p in parts for l in p.layers}
-        super().__init__([l for l in order if l.name in wanted])
         if lost := wanted - {l.name for l in order}: raise ValueError(f'order has no layer {min(lost)!r}')
+        super().__init__([l for l in order if l.name in wanted])
         place = {l.name: i for i, l in enumerate(self.layers)}
         self.parts, self.mine = parts, [[place[l.name] for l in p.layers] for p in parts] # where each part's layers are among all
         self.widths, self.shapes = {}, {} # of records, known once they were seen

@@ -2,9 +2,12 @@
 import pytest, torch, torchvision
 from torch import nn
 
-from drdna.checksums import Checksum, relations
+from drdna.baselines import Extremes, fit_detectors
+from drdna.checksums import Checksum, Together, relations
 from drdna.core import Recorder, Tap, layers
 from drdna.data_model import ViT
+from drdna.detection import collect_clean
+from drdna.guard import Guard
 from drdna.injection import NeuronFaults, draw_neurons, uniform
 
 def image(n=4, px=32): return torch.randn(n, 3, px, px, generator=torch.Generator().manual_seed(1))
@@ -68,8 +71,9 @@ def test_fused_relations_cover_the_same():
 
 def test_unknown_layers_are_named():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(4 * 30 * 30, 2)).eval()
+    torch.nn.init.normal_(model[1].weight)  # all ones, its sum would be 0: a relation after all
     assert Checksum(model, image()).uncovered == ['1']
-    with pytest.raises(ValueError, match='nothing to add up'): Checksum(nn.Sequential(nn.GroupNorm(1, 3)).eval(), image())
+    with pytest.raises(ValueError, match='nothing to add up'): Checksum(nn.Sequential(model[1]), torch.randn(4, 4, 5, 5))
 
 def test_open_taps_do_not_matter_and_the_model_stays_as_it_was():
     model, x = built('resnet')
@@ -94,3 +98,26 @@ def test_other_precisions(dtype):
     model, x = model.to(dtype), x.to(dtype)
     check = Checksum(model, x)
     assert check.uncovered == [] and left_over(model, check, x).abs().max() < {torch.bfloat16: .01, torch.float64: 1e-5}[dtype]
+
+def test_together_is_the_larger_of_its_parts():
+    model, x = built('resnet')
+    every = layers(model, x, want=lambda m: True)
+    blocks = [l for l in every if l.name.endswith('relu#2')]
+    both, *parts = fit_detectors(model, [image(16), image(16) + .1], {'both': Together([Checksum(model, x), Extremes(blocks)], every), 'sums': Checksum(model, x), 'extremes': Extremes(blocks)}).values()
+    seen = collect_clean(model, [x * 3], {'both': both, 'sums': parts[0], 'extremes': parts[1]})
+    want = torch.stack([d.statistic(seen[n]).amax(1) / s for d, n, s in zip(parts, ('sums', 'extremes'), both.scale)]).amax(0)
+    got = both.statistic(seen['both'])
+    assert torch.equal(got.amax(1), want)
+    assert got.shape == (4, len(both.layers)) and [l.name for l in both.layers] == [l.name for l in every if l.name in {m.name for p in parts for m in p.layers}]
+    with pytest.raises(ValueError, match='layer1.0.relu#2'): Together([Extremes(blocks)], every[:3])
+
+def test_a_guard_of_both_compiles_and_says_what_it_cannot():
+    model, x = built('vit')
+    every = layers(model, x, want=lambda m: True)
+    make = lambda found: Together([Checksum(model, x, found), Extremes(every[-1:])], every)
+    guard = Guard.fit(model, [image(16), image(16) + .1], fpr=.1, detector=make)
+    with torch.no_grad():
+        eager, graph = guard(x)[1], torch.compile(guard, fullgraph=True, backend='eager')(x)[1]
+    assert torch.equal(eager.alarm, graph.alarm) and torch.equal(eager.layer, graph.layer)
+    with pytest.raises(ValueError, match='compares layers'): Guard(model, guard.detector, 1., stop='first')
+    with pytest.raises(ValueError, match='cannot be saved'): guard.save('nowhere.safetensors')

@@ -214,13 +214,14 @@ def main():
     p.add_argument('--kinds', nargs='+', default=None, help='only these error models')
     p.add_argument('--sdcs', type=int, default=1000, help='a cell is full with so many SDCs')
     p.add_argument('--runs', type=int, default=100_000, help='or with so many runs')
+    p.add_argument('--tables', action='store_true', help='only write the tables, from the cells that are there')
     p.add_argument('--no-odd', action='store_true', help='leave out the unusual inputs')
     p.add_argument('--threads', type=int, default=1)
     p.add_argument('--work', type=Path, default=Path(__file__).parent / 'grid', help='folder of the cells')
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    for network, dtype in itertools.product(args.networks, args.dtypes):
+    for network, dtype in () if args.tables else itertools.product(args.networks, args.dtypes):
         b = Bench(network, dtype, not args.no_odd)
         b.false.to_csv(args.work / f'{network}-{dtype}.false.csv', index=False)
         cells(b, args.work, args)

@@ -41,6 +41,7 @@ def detectors(model):
 
 def stored(detector) -> int:
     "Bytes of the numbers that a detector keeps, sites and vectors included"
+    if hasattr(detector, 'parts'): return sum(map(stored, detector.parts))
     parts = [detector, *(v for v in vars(detector).values() if isinstance(v, Tables))]
     vectors = sum(r.v.nbytes for r in getattr(detector, 'relations', []) if r.v)
     sites = sum(s.nbytes for s in detector.cohort.sites) if hasattr(detector, 'cohort') else 0
@@ -147,7 +148,7 @@ def main():
     p.add_argument('--network', choices=NETWORKS, default='resnet18')
     p.add_argument('--batches', type=int, nargs='+', default=[1, 32, 128])
     p.add_argument('--modes', nargs='+', choices=('eager', 'compiled'), default=['eager', 'compiled'])
-    p.add_argument('--rounds', type=int, default=500)
+    p.add_argument('--rounds', type=int, default=100, help='in each process')
     p.add_argument('--processes', type=int, default=5)
     p.add_argument('--detectors', nargs='+', default=[], help='only these')
     p.add_argument('--threads', type=int, default=1)

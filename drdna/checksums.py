@@ -90,7 +90,7 @@ class Product:
 # %% ../nbs/06b_checksums.ipynb #bec7fdbf
 def _dry_calls(model, found, batch, forward):
     "Module, arguments, output, and what identifies the memory of both, of every call of the layers `found`"
-    seen, place = [], lambda t: (t.data_ptr(), t.numel(), t._version)
+    seen, place = [], lambda t: (t.data_ptr(), t.numel(), 0 if t.is_inference() else t._version)
     def note(x, call):
         args = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
         seen.append((call.module, args, x, [place(a) for a in args], place(x)))
@@ -117,6 +117,7 @@ def _relation(seen, run, n):
     except (RuntimeError, TypeError): return None # not made for float64, or for one tensor
     return sums and Affine(run[0], run[-1], *sums)
 
+@torch.inference_mode(False) # gradients, and versions of tensors, do not exist within it
 def relations(
     model:nn.Module, # The network, with the right weights
     batch, # One batch as the loader yields it

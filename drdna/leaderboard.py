@@ -21,7 +21,7 @@ def long_form(
     "The grid with one detector a row"
     t = grid.melt([*CELL, 'sdcs', 'made_by'], [c for c in grid if ' @ ' in c], 'detector', 'k').rename(columns={'sdcs': 'n', 'made_by': 'faults'})
     t[['detector', 'fpr']] = t.detector.str.rsplit(' @ ', n=1, expand=True)
-    t = t[t.n > 0].assign(fpr=t.fpr.astype(float), recall=lambda t: t.k / t.n)
+    t = t[t.k.notna() & (t.n > 0)].assign(fpr=t.fpr.astype(float), recall=lambda t: t.k / t.n)
     return t.assign(lo=lower_bound(t.recall, t.faults))
 
 def lower_bound(rate, n) -> np.ndarray:

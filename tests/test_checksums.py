@@ -82,6 +82,11 @@ def test_open_taps_do_not_matter_and_the_model_stays_as_it_was():
     with Tap(model, layers(model, x), lambda y, call: None): check = Checksum(model, x)
     assert check.uncovered == [] and model.training and all(v.equal(before[k]) for k, v in model.state_dict().items())
 
+def test_made_within_inference_mode():
+    model, x = built('resnet')
+    with torch.inference_mode(): check = Checksum(model, x + 0)
+    assert len(check.relations) == 21
+
 def test_non_finite_values_are_abnormal():
     model, x = built('resnet')
     check = Checksum(model, x)

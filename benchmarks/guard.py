@@ -10,7 +10,9 @@ The summary gives, for each detector, batch and mode, the median ratio over all 
 bootstrap that draws processes and then rounds of each. A target counts as met if the upper end meets it.
 
 Writes guard-NETWORK.csv (one row per detector, batch, mode and process), guard-NETWORK-summary.csv and guard-NETWORK.svg.
-Seconds of every run go to guard_raw/, one file per process and mode; files that are there are not measured again.
+Rows of detectors that are not measured this time are kept.
+Seconds of every run go to guard_raw/, one file per process and mode; files that are there are not measured again, so delete the
+folder before other detectors or rounds.
 """
 import argparse, copy, subprocess, sys, time
 from itertools import chain
@@ -130,6 +132,13 @@ def tables(files) -> tuple: # Per process, and over all processes
                                  ratio=np.median(np.concatenate([r for _, _, r, _ in runs])), lower=lo, upper=hi, memory=runs[0][3]))
     return pd.DataFrame(rows), pd.DataFrame(total)
 
+def merged(path, new) -> pd.DataFrame:
+    "The rows `new`, and those of an earlier table that they do not replace"
+    if not path.exists(): return new
+    case = lambda t: t.set_index(['detector', 'batch', 'mode']).index
+    old = pd.read_csv(path)
+    return pd.concat([old[~case(old).isin(case(new))], new], ignore_index=True).sort_values(['mode', 'batch'], ascending=[False, True], kind='stable')
+
 def chart(s):
     "Bars: added latency in per cent, a panel for each batch and mode"
     s = s.assign(added=100 * (s.ratio - 1), low=100 * (s.lower - 1), high=100 * (s.upper - 1), case=[f'batch {b}, {m}' for b, m in zip(s.batch, s['mode'])])
@@ -167,8 +176,9 @@ def main():
         subprocess.run([sys.executable, __file__, *sys.argv[1:], '--mode', mode, '--raw', tmp], check=True)
         tmp.rename(file)
     rows, s = tables(files)
-    rows.to_csv(a.out / f'guard-{a.network}.csv', index=False, float_format='%.6g')
-    s.to_csv(a.out / f'guard-{a.network}-summary.csv', index=False, float_format='%.6g')
+    names = [a.out / f'guard-{a.network}{end}.csv' for end in ('', '-summary')]
+    rows, s = (merged(*z) for z in zip(names, (rows, s)))
+    for name, t in zip(names, (rows, s)): t.to_csv(name, index=False, float_format='%.6g')
     chart(s).savefig(a.out / f'guard-{a.network}.svg')
     print(s.round(4).to_string(index=False))
 

@@ -151,23 +151,24 @@ class Checksum(Standardised):
         self.uncovered = [l.name for i, l in enumerate(found) if i not in covered] # Layers that nothing is known about
         ends = sorted({i for r in self.relations for i in (r.head, r.tail)})
         super().__init__([found[i] for i in ends])
-        self.heads, self.tails = ([ends.index(getattr(r, e)) for r in self.relations] for e in ('head', 'tail'))
-        self.begins, self.ends = ({i: r for i, r in zip(at, self.relations)} for at in (self.heads, self.tails))
+        place = {i: k for k, i in enumerate(ends)}
+        self.spans = [(place[r.head], place[r.tail]) for r in self.relations]
+        self.begins, self.ends = ({at[e]: r for at, r in zip(self.spans, self.relations)} for e in (0, 1))
 
-    def observe(self, x, i, call): # `(N, 2)`: before and after
-        "What the relation that begins here, and the one that ends here, add up to"
+    def observe(self, x, i, call): # `(N, 1)`
+        "`after` of the relation that ends here, less `before` of the one that begins here: of the same, or there is but one"
         begins, ends = self.begins.get(i), self.ends.get(i)
-        after = ends.after(x) if ends else x.new_zeros(len(x), dtype=torch.float32)
-        return torch.stack([begins.before(call.args, len(x)) + torch.zeros_like(after) if begins else torch.zeros_like(after), after], 1)
+        if ends is None: return -begins.before(call.args, len(x)).unsqueeze(1)
+        after = ends.after(x)
+        return (after if begins is None else after - begins.before(call.args, len(x))).unsqueeze(1)
 
 # %% ../nbs/06b_checksums.ipynb #d9f4bd15
 @patch
 def collect(self:Checksum, records:list) -> Tensor: # `(N, L, 1)`
     "What each relation leaves over, at the layer where it ends; 0 elsewhere"
-    v = torch.stack(records, 1)
-    left = torch.zeros_like(v[..., :1])
-    left[:, self.tails, 0] = v[:, self.tails, 1] - v[:, self.heads, 0]
-    return left
+    left = [torch.zeros_like(records[0])] * len(records)
+    for head, tail in self.spans: left[tail] = records[tail] if head == tail else records[tail] + records[head]
+    return torch.stack(left, 1)
 
 
 # %% ../nbs/06b_checksums.ipynb #95e2ff2f

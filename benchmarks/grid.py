@@ -200,8 +200,8 @@ def tables(work):
     full = [pd.read_parquet(p) for p in sorted(work.glob('*.parquet'))]
     order = ['network', 'dtype', 'target', 'kind', 'third']
     pd.DataFrame([row_of(t, made_by=t.cluster.nunique() if len(t) else 0) for t in full]).sort_values(order).to_csv(FOLDER / 'grid.csv', index=False, float_format='%.0f')
-    flips = pd.concat([t.assign(**{k: t.attrs[k] for k in order[:3]}) for t in full if len(t) and t.model.str.startswith('flip(').all()], ignore_index=True)
-    flips = flips.assign(bit=flips.model.str.extract(r'bit=(\d+)')[0].astype(int)).copy()
+    flips = pd.concat([t.assign(**{k: t.attrs[k] for k in order[:3]}) for t in full if len(t) and t.model.str.startswith('flip(').all()], ignore_index=True).copy()
+    flips = flips.assign(bit=flips.model.str.extract(r'bit=(\d+)')[0].astype(int))
     by_bit = [dict(zip([*order[:3], 'bit'], k)) | {'sdcs': len(g)} | {c: int((g[c] >= 0).sum()) for c in g if ' @ 0.001' in c and not g[c].isna().any()} for k, g in flips.groupby([*order[:3], 'bit'])]
     pd.DataFrame(by_bit).to_csv(FOLDER / 'bits.csv', index=False, float_format='%.0f')
     pd.concat([pd.read_csv(p) for p in sorted(work.glob('*.false.csv'))]).to_csv(FOLDER / 'false.csv', index=False)

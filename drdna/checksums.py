@@ -1,4 +1,4 @@
-"""What every linear layer owes its input: two sums that must agree, nearly for free, and a detector made of them
+"""What every linear layer owes its input: two sums that must agree, and a detector made of them
 
 Docs: https://drdna.github.io/drdna/checksums.html.md"""
 

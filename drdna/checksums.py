@@ -46,9 +46,9 @@ class Folded:
         self.index = []
         for d in range(v.ndim):
             s = v.movedim(d, 0).reshape(v.shape[d], -1)
-            first = (torch.cdist(s, s, compute_mode='donot_use_mm_for_euclid_dist') <= 1e-9 * (1 + s.abs().max())).int().argmax(1) # the first slice that equals each
-            kept, index = first.unique(return_inverse=True)
-            if len(kept) == len(first): continue
+            index = (s / (1 + s.abs().max())).round(decimals=9).unique(dim=0, return_inverse=True)[1] # equal but for rounding
+            kept = index.new_empty(int(index.max()) + 1).scatter_(0, index, torch.arange(len(index))) # one slice of each kind
+            if len(kept) == len(index): continue
             v = v.index_select(d, kept)
             self.index.append((d, index.int()))
         self.kept = v.float()

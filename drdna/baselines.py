@@ -41,6 +41,7 @@ class LayerDetector:
         s = self.judge_layers(records)
         return torch.where(s.isfinite(), s, torch.inf)
 
+# %% ../nbs/06_baselines.ipynb #48d48a2e
 class Standardised(LayerDetector):
     "The largest deviation of what `reduce` gives from its clean mean, in clean standard deviations"
     def learn(self, clean): self.mean, self.sd = clean.mean(0), clean.std(0) # `(L, R)` each
@@ -48,6 +49,7 @@ class Standardised(LayerDetector):
         mean, sd = self.mean.to(records.device), self.sd.to(records.device)
         return ((records - mean) / torch.where(sd > 0, sd, 1)).abs().amax(-1)
 
+# %% ../nbs/06_baselines.ipynb #916fdae5
 def fit_detectors(
     model:nn.Module, # The fault-free network
     data:Iterable, # Clean batches: `x`, `(x, y)` or dictionaries

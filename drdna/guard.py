@@ -11,7 +11,6 @@ __all__ = ['Guard', 'SDCDetected']
 import copy, math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch, torch.utils._pytree as pytree
@@ -19,6 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, Range, energy, entropy, softmax_doubt
+from .checksums import Affine, Checksum, Folded, Norm, Product, Together
 from .core import Cohort, Recorder, device_of, layers as find_layers, structure, weights_hash
 from .detection import RULES, DrDNA, Verdict, collect_clean, judge, threshold
 from .profiling import Fields, _peek, pack_layers, profile, read_tensors, unpack_layers, write_tensors
@@ -74,7 +74,7 @@ def __repr__(self:Guard):
 # %% ../nbs/08_guard.ipynb #bbad3994
 _DTYPES = {str(d).removeprefix('torch.'): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8)}
 
-def _kind(d) -> str: # Also the detector's name in a file
+def _kind(d) -> str: # What people read
     return f'{type(d).__name__} {d.how.__name__}' if isinstance(d, Doubt) else type(d).__name__
 
 def _plain(model):
@@ -236,38 +236,47 @@ def calibrate(self:Guard,
 
 # %% ../nbs/08_guard.ipynb #7671f1b9
 _REAL = (torch.float32, torch.float64)
-_KINDS = { # Name to what makes the detector, and the shapes of its numbers; L layers, D values of the first one
-    'NonFinite': (NonFinite, {}),
-    'Range': (Range, {'lo': 'L', 'hi': 'L'}),
-    'Extremes': (Extremes, {'mean': ('L', 3), 'sd': ('L', 3)}),
-    'Mahalanobis': (Mahalanobis, {'mean': 'D', 'inverse': 'DD'}),
-    **{f'Doubt {f.__name__}': (partial(Doubt, how=f), {}) for f in (softmax_doubt, entropy, energy)}}
+_KINDS = { # What a file may name, and the shapes of what that learns, if it does not say so itself; L layers, D values of the first one, P parts
+    DrDNA: {}, NonFinite: {}, Doubt: {},
+    Range: {'lo': 'L', 'hi': 'L'},
+    Extremes: {'mean': ('L', 3), 'sd': ('L', 3)},
+    Mahalanobis: {'mean': 'D', 'inverse': 'DD'},
+    Checksum: {'mean': ('L', 1), 'sd': ('L', 1)},
+    Together: {'scale': 'P'}}
 
-def _pack_drdna(d) -> tuple[dict, dict]:
-    "Arrays and meta of a `DrDNA`"
-    arrays, meta = pack_layers(d.layers, d.cohort.sites)
-    arrays |= vars(d.tables) | {'T': d.T, 'sd': d.sd}
-    if d.cohort.extremes is not None: arrays['extremes'] = d.cohort.extremes
-    return arrays, meta | {'lam': list(d.lam), 'rule': d.rule}
-
-def _pack_layers(d) -> tuple[dict, dict]:
-    "Arrays and meta of a `LayerDetector`; raises `ValueError` for a kind that `load` would not know"
-    if _kind(d) not in _KINDS: raise ValueError(f'a {_kind(d)} cannot be saved; there are {["DrDNA", *_KINDS]}')
-    arrays, meta = pack_layers(d.layers)
-    return arrays | {n: getattr(d, n) for n in _KINDS[_kind(d)][1]}, meta
-
-# %% ../nbs/08_guard.ipynb #60fe5d2c
 @patch
-def save(self:Guard, path:str|Path):
-    "Write the guard, without the model, to a safetensors file; raises `ValueError` for a detector of your own, or if nobody knows where the threshold comes from"
-    kind, info = _kind(self.detector), {'structure': structure(self.model), 'weights': weights_hash(self.model)} | self.info
-    if unknown := {'fpr', 'profiled', 'calibrated'} - set(info): raise ValueError(f'a guard is saved with what its threshold means; `info` lacks {sorted(unknown)}')
-    arrays, meta = _pack_drdna(self.detector) if kind == 'DrDNA' else _pack_layers(self.detector)
-    write_tensors(path, 'guard', {k: v.cpu() for k, v in arrays.items()}, meta | {'detector': kind, 'threshold': self.threshold, **info})
+def state(self:LayerDetector) -> tuple[dict, dict]: # Arrays and meta
+    "All that a file must hold of this detector"
+    arrays, meta = pack_layers(self.layers)
+    return arrays | {n: getattr(self, n) for n in _KINDS[type(self)]}, meta
 
-# %% ../nbs/08_guard.ipynb #29c55a84
-def _read_drdna(f:Fields) -> DrDNA:
-    "Dr. DNA from a guard file, every field checked"
+@patch(cls_method=True)
+def from_state(cls:LayerDetector, f:Fields):
+    "The detector that gave a file's `state`; raises `ValueError` naming file and field if that is not sound"
+    return _learnt(_made(f, cls), f)
+
+def _made(f, make):
+    "`make` of a file's layers, if it likes them"
+    layers, _ = unpack_layers(f, sites=False)
+    try: return make(layers)
+    except ValueError as e: f.fail('layers', str(e))
+
+def _learnt(d, f):
+    "The detector with what it learnt"
+    size = {'L': len(d.layers), 'D': d.layers[0].size, 'P': len(getattr(d, 'parts', ()))}
+    for n, shape in _KINDS[type(d)].items(): setattr(d, n, f.array(n, _REAL, tuple(size.get(s, s) for s in shape)))
+    return d
+
+# %% ../nbs/08_guard.ipynb #26042b18
+@patch
+def state(self:DrDNA):
+    arrays, meta = pack_layers(self.layers, self.cohort.sites)
+    arrays |= vars(self.tables) | {'T': self.T, 'sd': self.sd}
+    if self.cohort.extremes is not None: arrays['extremes'] = self.cohort.extremes
+    return arrays, meta | {'lam': list(self.lam), 'rule': self.rule}
+
+@patch(cls_method=True)
+def from_state(cls:DrDNA, f:Fields):
     layers, sites = unpack_layers(f)
     L, K, ints = len(layers), max(map(len, sites)), (torch.int64,)
     freq = f.array('freq', _REAL, (L, K, None))
@@ -279,16 +288,94 @@ def _read_drdna(f:Fields) -> DrDNA:
     except IndexError as e: f.fail('extremes', str(e))
     if not torch.equal(tables.mask, cohort.mask): f.fail('mask', 'does not match the sites')
     lam = f.get('lam', list, ok=lambda v: len(v) == 3 and all(isinstance(z, (int, float)) for z in v))
-    return DrDNA(cohort, tables, f.array('T', _REAL, (L,)), f.array('sd', _REAL, (L,)), tuple(lam), f.get('rule', str, ok=lambda v: v in RULES))
+    return cls(cohort, tables, f.array('T', _REAL, (L,)), f.array('sd', _REAL, (L,)), tuple(lam), f.get('rule', str, ok=lambda v: v in RULES))
 
-def _read_layers(f:Fields, kind:str) -> LayerDetector:
-    "The same for a `LayerDetector`"
-    (make, shapes), (layers, _) = _KINDS[kind], unpack_layers(f, sites=False)
-    try: d = make(layers)
-    except ValueError as e: f.fail('layers', str(e))
-    size = {'L': len(layers), 'D': layers[0].size}
-    for name, shape in shapes.items(): setattr(d, name, f.array(name, _REAL, tuple(size.get(n, n) for n in shape)))
-    return d
+# %% ../nbs/08_guard.ipynb #bb224a3e
+_DOUBTS = {f.__name__: f for f in (softmax_doubt, entropy, energy)}
+
+@patch
+def state(self:Doubt):
+    if self.how not in _DOUBTS.values(): raise ValueError(f'a {_kind(self)} cannot be saved; there are {[*_DOUBTS]}')
+    arrays, meta = super(Doubt, self).state()
+    return arrays, meta | {'how': self.how.__name__}
+
+@patch(cls_method=True)
+def from_state(cls:Doubt, f:Fields):
+    how = _DOUBTS[f.get('how', str, ok=lambda v: v in _DOUBTS)]
+    return _made(f, lambda layers: cls(layers, how))
+
+# %% ../nbs/08_guard.ipynb #dcb0584d
+_RELATIONS = {c.__name__: c for c in (Affine, Norm, Product)}
+
+@patch
+def state(self:Checksum):
+    arrays, meta = super(Checksum, self).state()
+    vs, none = [r.v for r in self.relations], torch.empty(0, dtype=torch.int32)
+    arrays |= {'v': torch.cat([v.kept.flatten().cpu() for v in vs]), 'index': torch.cat([none, *(i.cpu() for v in vs for i in v.index.values())])} # each moves to a device when it is used
+    rows = [{'kind': type(r).__name__, 'head': r.head, 'tail': r.tail, 'c': r.c, 'kept': list(r.v.kept.shape), 'shape': list(r.v.shape)} for r in self.relations]
+    return arrays, meta | {'relations': rows, 'uncovered': self.uncovered}
+
+@patch(cls_method=True)
+def from_state(cls:Checksum, f:Fields):
+    layers, d = unpack_layers(f, sites=False)[0], cls.__new__(cls) # its `__init__` would make the relations
+    d._watch(layers, _relations(f, layers), f.get('uncovered', list, ok=lambda v: all(isinstance(n, str) for n in v)))
+    return _learnt(d, f)
+
+# %% ../nbs/08_guard.ipynb #02f1db5f
+def _sound(r, tail) -> bool: # Row and layer
+    "Whether a file's row describes a relation that ends at this layer"
+    kept, shape = r['kept'], r['shape']
+    if not all(type(n) is int for n in (r['head'], r['tail'], *kept, *shape)) or type(r['c']) is not float or not math.isfinite(r['c']): return False
+    fits = kept == shape == [0] or 0 < len(kept) == len(shape) and all(0 < k <= n for k, n in zip(kept, shape))
+    return fits and r['kind'] in _RELATIONS and (r['kind'] != 'Norm' or len(shape) == 1 and shape[0] and tail.size % shape[0] == 0)
+
+def _relations(f:Fields, layers:list) -> list:
+    "A file's relations; each layer must be an end of exactly one"
+    rows = f.get('relations', list)
+    try:
+        if sorted(i for r in rows for i in {r['head'], r['tail']}) != list(range(len(layers))): raise TypeError
+        if not all(_sound(r, layers[r['tail']]) for r in rows): raise TypeError
+    except (TypeError, KeyError): f.fail('relations', 'does not describe relations of these layers')
+    folded = [[(d, n) for d, (k, n) in enumerate(zip(r['kept'], r['shape'])) if k < n] for r in rows] # axes and how long they are
+    sizes, longs = [math.prod(r['kept']) for r in rows], [n for axes in folded for _, n in axes]
+    kept, index = f.array('v', (torch.float32,), (sum(sizes),)).split(sizes), iter(f.array('index', (torch.int32,), (sum(longs),)).split(longs))
+    vs = [Folded(v.reshape(r['kept']), {d: next(index) for d, _ in axes}) for r, v, axes in zip(rows, kept, folded)]
+    if not all(0 <= int(i.min()) <= int(i.max()) < v.kept.shape[d] for v in vs for d, i in v.index.items()): f.fail('index', 'lies outside the vectors')
+    return [_RELATIONS[r['kind']](r['head'], r['tail'], v, r['c']) for r, v in zip(rows, vs)]
+
+# %% ../nbs/08_guard.ipynb #2eaebe39
+def _kinds(part): return {c.__name__: c for c in _KINDS if not part or c not in (DrDNA, Together)}
+
+def _state(d, part=False) -> tuple[dict, dict]: # Arrays and meta
+    "A detector's state with its name; raises `ValueError` for a kind that `load` would not know"
+    if type(d) not in _kinds(part).values(): raise ValueError(f'a {_kind(d)} cannot be saved{" as a part" * part}; there are {[*_kinds(part)]}')
+    arrays, meta = d.state()
+    return arrays, meta | {'detector': type(d).__name__}
+
+def _read(f, part=False): return _kinds(part)[f.get('detector', str, ok=lambda v: v in _kinds(part))].from_state(f)
+
+@patch
+def state(self:Together):
+    parts, (arrays, meta) = [_state(p, True) for p in self.parts], super(Together, self).state()
+    return arrays | {f'{k}.{n}': v for k, (a, _) in enumerate(parts) for n, v in a.items()}, meta | {'parts': [m for _, m in parts]}
+
+@patch(cls_method=True)
+def from_state(cls:Together, f:Fields):
+    def part(k, meta): return Fields(f'{f.path}: part {k}', {n.removeprefix(f'{k}.'): v for n, v in f.arrays.items() if n.startswith(f'{k}.')}, meta)
+    metas = f.get('parts', list, ok=lambda v: v and all(isinstance(m, dict) for m in v))
+    parts = [_read(part(k, m), True) for k, m in enumerate(metas)]
+    d = _made(f, lambda layers: cls(parts, layers))
+    if any(p.layers != [d.layers[i] for i in mine] for p, mine in zip(parts, d.mine)): f.fail('layers', 'are not those of the parts')
+    return _learnt(d, f)
+
+# %% ../nbs/08_guard.ipynb #60fe5d2c
+@patch
+def save(self:Guard, path:str|Path):
+    "Write the guard, without the model, to a safetensors file; raises `ValueError` for a detector that no file may name, or if nobody knows where the threshold comes from"
+    info = {'structure': structure(self.model), 'weights': weights_hash(self.model)} | self.info
+    if unknown := {'fpr', 'profiled', 'calibrated'} - set(info): raise ValueError(f'a guard is saved with what its threshold means; `info` lacks {sorted(unknown)}')
+    arrays, meta = _state(self.detector)
+    write_tensors(path, 'guard', {k: v.cpu() for k, v in arrays.items()}, meta | {'threshold': self.threshold, **info})
 
 # %% ../nbs/08_guard.ipynb #ac7ab7e1
 @patch(cls_method=True)
@@ -300,8 +387,7 @@ def load(cls:Guard,
 ) -> Guard:
     "Read a guard and put it round `model`; raises `ValueError` naming file and field if they do not fit"
     f = Fields(path, *read_tensors(path, 'guard'))
-    kind = f.get('detector', str, ok=lambda v: v == 'DrDNA' or v in _KINDS)
-    detector, t = _read_drdna(f) if kind == 'DrDNA' else _read_layers(f, kind), f.get('threshold', int, float, ok=math.isfinite)
+    detector, t = _read(f), f.get('threshold', int, float, ok=math.isfinite)
     info = {'fpr': f.get('fpr', int, float), 'profiled': f.get('profiled', int), 'calibrated': f.get('calibrated', int), 'structure': f.get('structure', str), 'weights': f.get('weights', str)}
     if info['structure'] != structure(model): f.fail('structure', f'belongs to another model than this {type(model).__name__}: other modules, shapes or dtypes')
     if strict and info['weights'] != weights_hash(model): f.fail('weights', 'belongs to other weights of this model; fit again, or load with strict=False')

@@ -4,10 +4,14 @@ import copy, io, shutil, threading
 import pytest, torch
 from torch import nn
 
-from drdna.baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, Range, energy
+from drdna import checksums
+from drdna.baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, QuantileTree, Range, energy
+from drdna.checksums import Checksum, Together
 from drdna.core import Tap, layers
+from drdna.data_model import ViT
 from drdna.detection import DrDNA
 from drdna.guard import Guard, SDCDetected
+from drdna.profiling import read_tensors, write_tensors
 
 NEW = torch.__version__ >= (2, 6)
 new = pytest.mark.skipif(not NEW, reason='torch 2.4 traces stand-ins of the modules, which nobody has tapped')
@@ -229,6 +233,94 @@ def test_a_detector_of_your_own_is_not_saved(model, data, tmp_path):
     class Mine(Range): pass
     with Guard.fit(model, data, fpr=.05, detector=Mine) as g, pytest.raises(ValueError, match='a Mine cannot be saved'): g.save(tmp_path / 'g')
     with Guard(model, g.detector, 1.) as g, pytest.raises(ValueError, match='lacks .*fpr'): g.save(tmp_path / 'g')
+
+INFO = {'fpr': .05, 'profiled': 1, 'calibrated': 1}
+
+def test_what_holds_code_is_not_saved(model, data, tmp_path):
+    every = everywhere(model, data)
+    for d, why in ((QuantileTree(every[:1]), 'a QuantileTree cannot be saved; there are'), (Doubt(every, how=lambda z: z[:, 0]), 'a Doubt <lambda> cannot be saved'),
+                   (Together([QuantileTree(every[:1]), Range(every)], every), 'a QuantileTree cannot be saved as a part'), (Together([Together([Range(every)], every)], every), 'a Together cannot be saved as a part')):
+        with Guard(model, d, 1., INFO) as g, pytest.raises(ValueError, match=why): g.save(tmp_path / 'g')
+    assert not list(tmp_path.iterdir()), 'not even half a file'
+
+@pytest.fixture(scope='module', params=['net', 'vit'])
+def summed(request):
+    "A model, inputs, and guards of its checksums, alone and with extremes"
+    torch.manual_seed(0)
+    model = {'net': Net, 'vit': lambda: ViT(d=16, depth=1, heads=2)}[request.param]().eval().requires_grad_(False)
+    data = torch.randn(80, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(20)
+    every = layers(model, data[0], want=lambda m: True)
+    check = lambda found: Checksum(model, data[0], found)
+    guards = [Guard.fit(model, data, fpr=.05, detector=make) for make in (check, lambda found: Together([check(found), Extremes(every[1::2])], every))]
+    x = data[0][:4].clone(); x[1] *= 1e4; x[2, 0, 0, 0] = torch.nan
+    yield model, x, guards
+    for g in guards: g.close()
+
+def test_checksums_are_read_and_not_made_anew(summed, tmp_path, monkeypatch):
+    model, x, guards = summed
+    monkeypatch.setattr(checksums, '_sums', None); monkeypatch.setattr(checksums, 'relations', None)
+    for n, g in enumerate(guards):
+        g.save(tmp_path / f'{n}')
+        with Guard.load(tmp_path / f'{n}', model) as h:
+            backend = Graphs()
+            for f in (torch.compile(h, fullgraph=True, backend=backend), h): assert same(f(x)[1], g(x)[1]) # the first has seen no batch before
+            assert backend.count == 1 and h.info == g.info and repr(h) == repr(g)
+            h.save(tmp_path / 'again')
+        (a, m), (b, k) = (read_tensors(tmp_path / file, 'guard') for file in (f'{n}', 'again'))
+        assert m == k and a.keys() == b.keys() and all(torch.equal(v, b[name]) for name, v in a.items())
+    check = guards[0].detector
+    assert {type(r).__name__ for r in check.relations} == ({'Affine', 'Norm', 'Product'} if isinstance(model, ViT) else {'Affine'})
+    with Guard.load(tmp_path / '0', model) as h: assert h.detector.uncovered == check.uncovered and all(torch.equal(a.v(), b.v()) for a, b in zip(h.detector.relations, check.relations))
+
+def test_checksums_belong_to_their_weights(summed, tmp_path):
+    model, x, guards = summed
+    other = copy.deepcopy(model)
+    next(m for m in other.modules() if isinstance(m, nn.Linear)).weight[0, 0] += 1
+    for g in guards:
+        g.save(tmp_path / 'g')
+        with pytest.raises(ValueError, match="field 'weights' belongs to other weights"): Guard.load(tmp_path / 'g', other)
+        with Guard.load(tmp_path / 'g', other, strict=False) as h: assert h(x)[1].alarm.all()
+
+@pytest.mark.parametrize('field, change', [
+    ('v', lambda rows, a: a.update(v=a['v'][:-1])),
+    ('v', lambda rows, a: a.update(v=a['v'] * torch.inf)),
+    ('v', lambda rows, a: a.update(v=a['v'].double())),
+    ('v', lambda rows, a: rows[0].update(kept=[1], shape=[1])),
+    ('index', lambda rows, a: a.update(index=a['index'] + 1)),
+    ('index', lambda rows, a: a.update(index=a['index'].float())),
+    ('index', lambda rows, a: rows[0].update(shape=[10**9] * len(rows[0]['kept']))),
+    ('mean', lambda rows, a: a.update(mean=a['mean'][1:])),
+    ('relations', lambda rows, a: rows.pop()),
+    ('relations', lambda rows, a: rows.clear()),
+    ('relations', lambda rows, a: rows.append(rows[0])),
+    ('relations', lambda rows, a: rows.append([])),
+    *[('relations', lambda rows, a, change=change: rows[-1].update(change)) for change in (
+        {'kind': 'Tap'}, {'kind': []}, {'head': -1}, {'tail': 10**9}, {'tail': 0.}, {'c': float('nan')}, {'c': '0'}, {'kept': []}, {'kept': [0]}, {'kept': '', 'shape': ''}, {'shape': None}, {'kind': 'Norm', 'shape': [7], 'kept': [7]})]])
+def test_damaged_checksums(summed, tmp_path, field, change):
+    model, x, guards = summed
+    guards[0].save(tmp_path / 'g')
+    arrays, meta = read_tensors(tmp_path / 'g', 'guard')
+    change(meta['relations'], arrays)
+    write_tensors(tmp_path / 'g', 'guard', arrays, meta)
+    with pytest.raises(ValueError, match=f"g: field '{field}'"): Guard.load(tmp_path / 'g', model)
+
+@pytest.mark.parametrize('message, change', [
+    ("field 'parts'", lambda meta, a: meta.update(parts=[])),
+    ("field 'parts'", lambda meta, a: meta.update(parts=[1])),
+    ("field 'scale'", lambda meta, a: meta['parts'].pop()),
+    ("part 0: field 'v' is missing", lambda meta, a: a.pop('0.v')),
+    ("part 1: field 'detector'", lambda meta, a: meta['parts'][1].update(detector='Together', parts=[])),
+    ("part 1: field 'detector'", lambda meta, a: meta['parts'][1].update(detector='DrDNA')),
+    ("part 1: field 'layers'", lambda meta, a: meta['parts'][1]['layers'].clear()),
+    ("g: field 'layers' order has no layer", lambda meta, a: meta['layers'].pop()),
+    ("g: field 'layers' are not those", lambda meta, a: meta['layers'][0].update(batch_dim=1))])
+def test_damaged_parts(summed, tmp_path, message, change):
+    model, x, guards = summed
+    guards[1].save(tmp_path / 'g')
+    arrays, meta = read_tensors(tmp_path / 'g', 'guard')
+    change(meta, arrays)
+    write_tensors(tmp_path / 'g', 'guard', arrays, meta)
+    with pytest.raises(ValueError, match=message): Guard.load(tmp_path / 'g', model)
 
 # ---------------------------------------------------------------- bad input
 

@@ -1,13 +1,14 @@
 """Which detector sees which faults: the tables behind the leaderboard
 
 Networks, precisions, faults in neurons and in weights, nine error models, thirds of the depth. A cell is filled until it holds
-1,000 SDCs or 100,000 runs (a neuron fault is one run; a weight fault runs on 100 images). Faults are drawn and judged first
-without any detector; then the SDCs alone are run again with all detectors looking on, which gives the same bits. Profiles and
+1,000 SDCs (of 100 different faults at least) or 100,000 runs (a neuron fault is one run; a weight fault runs on 100 images).
+Faults that make SDCs are found first, without any detector; then they alone run again with all detectors looking on, which
+gives the same bits. Profiles and
 fits use training images, thresholds the 5,000 images held out from training, and faults strike the 10,000 test images, on which the false-positive
 rates are measured.
 
-A finished cell is a file under `--work`, so a run that was stopped goes on where it was, and one with larger limits does again only what
-they change. At its end it writes three tables: grid.csv, one row per cell; bits.csv, the same by bit; false.csv, false positives.
+What was found and what was judged are files under `--work`, one per cell, so a run that was stopped goes on where it was, one
+with larger limits goes on from what it has, and another detector only asks for judging anew (delete the cells, keep `found`). At its end it writes three tables: grid.csv, one row per cell; bits.csv, the same by bit; false.csv, false positives.
 """
 import argparse, gzip, itertools, zlib
 from dataclasses import replace
@@ -24,12 +25,13 @@ from drdna.detection import RULES, DrDNA, collect_clean, judge, threshold
 from drdna.engine import run
 from drdna.injection import channel, draw_neurons, draw_weights, flip, parameter_places, row, sign, stuck_at, uniform
 from drdna.profiling import profile
+from drdna.sentinel import Sentinel
 
 FOLDER = Path(__file__).parent / 'results'
 NETWORKS = {'resnet18': trained_resnet18, 'vit': trained_vit}
 EXPONENT = {'float32': (23, 30), 'bfloat16': (7, 14), 'float16': (10, 14)}  # lowest and highest bit
 FPRS = .01, .001
-PORTION = {'neuron': 2000, 'weight': 50}  # faults on a batch of 100 images
+PORTION = {'neuron': 2000, 'weight': 25}  # faults on a batch of 100 images
 
 # ---------------------------------------------------------------- what strikes
 
@@ -91,14 +93,23 @@ def settings() -> dict: # Name to `(k, bins, lam, rule)`
     res |= {f'Dr. DNA {n}, per_layer, k={k}': (k, 10, lams[n], 'per_layer') for n in ('all', 'τ2') for k in (8, 16, 64, 128)}
     return res | {f'Dr. DNA {n}, per_layer, {b} bins': (32, b, lams[n], 'per_layer') for n in ('all', 'τ2') for b in (5, 20, 40)}
 
-def rivals(model, batch, found) -> dict:
+SITES = FOLDER / 'sites.csv'  # from sites.py
+SHARES = .01, .02, .04  # of an inference at a batch of 32, as sites.py reckons it
+
+def sentinels(network, model, batch) -> dict:
+    "Sentinels of the picks that sites.py chose for a network, up to a share of an inference"
+    t = pd.read_csv(SITES).query('network == @network')
+    picks = lambda share: list(t[t.added <= share][['what', 'layer']].itertuples(index=False, name=None))
+    return {f'sentinel, {s:.0%}': Sentinel(model, batch, picks(s)) for s in SHARES}
+
+def rivals(network, model, batch, found) -> dict:
     "Everything but Dr. DNA, not fitted yet"
     every = layers(model, batch, want=lambda m: True)
     blocks = [l for l in every if l.name in ('maxpool', 'stem.5', 'avgpool', 'fc', 'norm', 'head') or l.name.endswith(('relu#2', 'norm1'))]
     pooled = {'Mahalanobis': Mahalanobis([l for l in blocks if l.name == 'avgpool'])} if any(l.name == 'avgpool' for l in blocks) else {}
     return {'non-finite': NonFinite(found), 'range': Range(found), 'range, every 8th layer': Range(found[::8]), 'extremes': Extremes(found), 'extremes, block outputs': Extremes(blocks),
             'softmax': Doubt(found), 'entropy': Doubt(found, entropy), 'energy': Doubt(found, energy), **pooled,
-            'checksums, one by one': Checksum(model, batch, fuse=False), 'checksums': Checksum(model, batch), 'checksums and extremes': Together([Checksum(model, batch), Extremes(blocks)], every)}
+            'checksums, one by one': Checksum(model, batch, fuse=False), 'checksums': Checksum(model, batch), 'checksums and extremes': Together([Checksum(model, batch), Extremes(blocks)], every), **sentinels(network, model, batch)}
 
 def tree(model, data, found, dt) -> QuantileTree:
     "Grown on faults in training images: large values, and the exponent's highest bit"
@@ -110,21 +121,18 @@ def tree(model, data, found, dt) -> QuantileTree:
 
 class Bench:
     "A network in one precision, all detectors, their thresholds and false positives"
-    def __init__(self, network, dtype, odd_too=True):
-        dt, sets = getattr(torch, dtype), cifar10_splits()
-        self.network, self.dtype, self.model = network, dtype, NETWORKS[network]().to(dt)
-        self.test, fit = Batches(sets['test'], dt), Batches(sets['train'][:1000], dt)
-        first = next(iter(self.test))
-        self.found = layers(self.model, first)
-        self.settings, profiles = settings(), {k: profile(self.model, fit, self.found, k) for k in (8, 16, 32, 64, 128)}
-        self.rivals = fit_detectors(self.model, fit, rivals(self.model, first, self.found))
-        self.rivals['quantile tree'] = tree(self.model, sets['train'][1000:3000], self.found, dt)
+    def __init__(self, net, odd_too=True):
+        dt, sets = net.test.dtype, cifar10_splits()
+        model, found, fit = net.model, net.found, Batches(sets['train'][:1000], dt)
+        self.net, self.settings, profiles = net, settings(), {k: profile(model, fit, found, k) for k in (8, 16, 32, 64, 128)}
+        self.rivals = fit_detectors(model, fit, rivals(net.network, model, next(iter(net.test)), found))
+        self.rivals['quantile tree'] = tree(model, sets['train'][1000:3000], found, dt)
         self.dna = {n: DrDNA.fit(profiles[k], bins, lam, rule) for n, (k, bins, lam, rule) in self.settings.items()}
         self.observers = self.rivals | {k: Sites(p) for k, p in profiles.items()}
-        clean = lambda batches, desc: {n: v.amax(1) for n, v in self.statistics(collect_clean(self.model, batches, self.observers, desc=f'{network} {dtype}, {desc}')).items()}
+        clean = lambda batches, desc: {n: v.amax(1) for n, v in self.statistics(collect_clean(model, batches, self.observers, desc=f'{net.network} {net.dtype}, {desc}')).items()}
         self.thresholds = {(n, f): threshold(m, f) for n, m in clean(Batches(sets['heldout'], dt), 'calibrate').items() for f in FPRS}
         looks = {'test': sets['test'], **(odd(sets['test']) if odd_too else {})}
-        self.false = pd.DataFrame([dict(network=network, dtype=dtype, inputs=inputs, detector=n, fpr=f, alarms=int((~(m <= self.thresholds[n, f])).sum()), images=len(m))
+        self.false = pd.DataFrame([dict(network=net.network, dtype=net.dtype, inputs=inputs, detector=n, fpr=f, alarms=int((~(m <= self.thresholds[n, f])).sum()), images=len(m))
                                    for inputs, d in looks.items() for n, m in clean(Batches(d, dt), inputs).items() for f in FPRS])
 
     def statistics(self, seen) -> dict: # Name to `(N, L)`
@@ -137,56 +145,81 @@ class Bench:
 
     def verdicts(self, seen) -> dict:
         "The number of the layer that alarms, -1 for none, by detector and rate"
-        place = {l.name: i for i, l in enumerate(self.found)}
+        place = {l.name: i for i, l in enumerate(self.net.found)}
         def where(n): return torch.tensor([place.get(l.name, len(place)) for l in (self.rivals.get(n) or self.dna[n]).layers] + [-1])
         return {f'{n} @ {f}': where(n)[judge(s, self.thresholds[n, f]).layer].numpy() for n, s in self.statistics(seen).items() for f in FPRS}
 
-# ---------------------------------------------------------------- a cell
+# ---------------------------------------------------------------- find faults that make SDCs
 
-def fill(b:Bench, here, target, kind, seed, sdcs, runs) -> tuple[int, int, pd.DataFrame]: # Faults, runs, and a row for each SDC
-    "Draw until there are enough SDCs or enough runs; each portion strikes the next images"
-    drawn, done, enough, bad, first, images, size = 0, 0, 0, [], 0, len(b.test.dataset), PORTION[target]
-    while done < runs and enough < sdcs:
-        batches = 1 if not drawn else 4  # a look first: where most faults are SDCs, few are needed
-        n = batches * size
-        faults = draw(b.model, here, target, kind, n, seed + drawn, 100 * batches)
-        data = Batches(b.test.dataset[first:first + 100 * batches], b.test.dtype)
-        t = run(b.model, data, faults, b.found, desc=f'{enough} SDCs, {done} runs').table
-        t = t[t.outcome == 'SDC']
-        mine = faults[(head := number(faults)).isin(t.fault)]
-        bad.append(mine.assign(image=mine.image + first, cluster=head[mine.index] + drawn))
-        drawn, done, enough, first = drawn + n, done + n * (1 if target == 'neuron' else 100), enough + len(t), (first + 100 * batches) % (images - 400)
-    return drawn, done, judged(b, pd.concat(bad, ignore_index=True), enough)
+CELL = ['network', 'dtype', 'target', 'kind', 'third']
+CLUSTERS = 100  # different faults that a full cell of weights has: with fewer, Wilson's lower bound of "all seen" stays below 96 %
+
+class Net:
+    "A network in one precision, its layers and the test images"
+    def __init__(self, network, dtype):
+        self.network, self.dtype, dt = network, dtype, getattr(torch, dtype)
+        self.model, self.test = NETWORKS[network]().to(dt), Batches(cifar10_splits()['test'], dt)
+        self.found = layers(self.model, next(iter(self.test)))
+
+    def cells(self, args, folder) -> list: # (path, target, kind, third)
+        return [(folder / f'{self.network}-{self.dtype}-{t}-{k}-{third}.parquet', t, k, third)
+                for k, t, third in itertools.product(args.kinds or kinds(self.dtype), args.targets, range(3))]
+
+    def run(self, faults, images, **more): return run(self.model, images, faults, self.found, **more)
+    def images(self, first, n): return Batches(self.test.dataset[first:first + n], self.test.dtype)
+
+def find(net, folder, args):
+    "Draw until the cells have enough SDCs, or enough runs"
+    for path, target, kind, third in net.cells(args, folder):
+        here, seed = thirds(net.found)[third], zlib.crc32(path.stem.encode()) // 4
+        t = pd.read_parquet(path) if path.exists() else None
+        at = t.attrs if path.exists() else dict(zip(CELL, (net.network, net.dtype, target, kind, third))) | dict(faults=0, runs=0, sdcs=0)
+        begun = at['faults']
+        while not is_full(t, at, args):
+            t, at = portion(net, here, target, kind, seed, t, at)
+            t.attrs = at
+            replace_file(path, t.to_parquet)
+        if at['faults'] > begun: print(at, flush=True)
+
+def is_full(t, at, args) -> bool:
+    different = at['sdcs'] if at['target'] == 'neuron' or t is None else t.fault.nunique()
+    return at['runs'] >= args.runs or (at['sdcs'] >= args.sdcs and different >= min(CLUSTERS, args.sdcs))
+
+def portion(net, here, target, kind, seed, t, at) -> tuple[pd.DataFrame, dict]:
+    "Some more faults on the next images: those that make SDCs join the others"
+    size, done = PORTION[target], at['faults']
+    batches, first = 4 if done else 1, 100 * (done // size) % (len(net.test.dataset) - 400)  # a look first: where most faults are SDCs, few are needed
+    faults = draw(net.model, here, target, kinds(net.dtype)[kind], batches * size, seed + done, 100 * batches)
+    sdc = net.run(faults, net.images(first, 100 * batches), desc=f'{at["sdcs"]} SDCs, {at["runs"]} runs').table.query("outcome == 'SDC'")
+    head = number(faults)
+    bad = faults.assign(image=faults.image + first, fault=head + done)[head.isin(sdc.fault)]
+    runs = batches * size * (1 if target == 'neuron' else 100)
+    return pd.concat([t, bad], ignore_index=True), at | dict(faults=done + batches * size, runs=at['runs'] + runs, sdcs=at['sdcs'] + len(sdc))
 
 def number(faults) -> pd.Series: return (faults.part == 0).cumsum() - 1 # Which fault of the list a row belongs to
-
-def judged(b:Bench, faults, expected) -> pd.DataFrame:
-    "Faults that make SDCs once more, with all detectors looking on; a row for each SDC"
-    if faults.empty: return pd.DataFrame()
-    r = run(b.model, Batches(b.test.dataset[:faults.image.max() // 100 * 100 + 100], b.test.dtype), faults, b.found, b.observers, desc='judge')
-    keep = (r.table.outcome == 'SDC').to_numpy()
-    if keep.sum() != expected: raise RuntimeError(f'{expected} SDCs became {keep.sum()} when they were run again')
-    t, place = r.table[keep], {n: i for i, l in enumerate(b.found) for n in (l.name, f'{l.path}.weight')}
-    seen = b.verdicts({k: v[torch.tensor(keep)] for k, v in r.faulty.items()})
-    return pd.DataFrame({'cluster': faults.cluster[faults.part == 0].to_numpy()[t.fault], 'model': t.model.to_numpy(), 'at': t.layer.map(place).to_numpy()} | seen)
-
 def thirds(found) -> list: return [found[len(found) * i // 3:len(found) * (i + 1) // 3] for i in range(3)]
 
-def cells(b:Bench, work, args):
-    "Fill the cells that are not full yet"
-    dtype, all = b.dtype, kinds(b.dtype)
-    for target, name, third in itertools.product(args.targets, args.kinds or all, range(3)):
-        path = work / f'{b.network}-{dtype}-{target}-{name}-{third}.parquet'
-        if path.exists() and is_full(path, args): continue
-        seed = zlib.crc32(path.stem.encode()) // 4
-        drawn, runs, t = fill(b, thirds(b.found)[third], target, all[name], seed, args.sdcs, args.runs)
-        t.attrs = dict(network=b.network, dtype=dtype, target=target, kind=name, third=third, faults=drawn, runs=runs, sdcs=len(t))
-        replace_file(path, t.to_parquet)
-        print(t.attrs, flush=True)
+# ---------------------------------------------------------------- judge
 
-def is_full(path, args) -> bool:
-    at = pd.read_parquet(path).attrs
-    return at['sdcs'] >= args.sdcs or at['runs'] >= args.runs
+def judged(b:Bench, faults) -> pd.DataFrame:
+    "Faults that make SDCs once more, with all detectors looking on; a row for each SDC"
+    if faults.empty: return pd.DataFrame()
+    r = b.net.run(faults.drop(columns='fault'), b.net.images(0, faults.image.max() // 100 * 100 + 100), observers=b.observers, desc='judge')
+    keep = (r.table.outcome == 'SDC').to_numpy()
+    if keep.sum() != faults.attrs['sdcs']: raise RuntimeError(f'{faults.attrs["sdcs"]} SDCs became {keep.sum()} when they were run again')
+    t, place = r.table[keep], {n: i for i, l in enumerate(b.net.found) for n in (l.name, f'{l.path}.weight')}
+    seen = b.verdicts({k: v[torch.tensor(keep)] for k, v in r.faulty.items()})
+    return pd.DataFrame({'cluster': faults.fault[faults.part == 0].to_numpy()[t.fault], 'model': t.model.to_numpy(), 'at': t.layer.map(place).to_numpy()} | seen)
+
+def judge_cells(b:Bench, folder, work, args):
+    "Judge what was found and not judged yet, or has grown since"
+    for path, *_ in b.net.cells(args, folder):
+        mine, found = work / path.name, pd.read_parquet(path) if path.exists() else None
+        if found is None or (mine.exists() and pd.read_parquet(mine).attrs == found.attrs): continue
+        t = judged(b, found)
+        t.attrs = found.attrs
+        replace_file(mine, t.to_parquet)
+        print(t.attrs, flush=True)
 
 # ---------------------------------------------------------------- tables
 
@@ -198,7 +231,7 @@ def row_of(t, **more) -> dict:
 def tables(work):
     "The committed tables, from the files of the cells"
     full = [pd.read_parquet(p) for p in sorted(work.glob('*.parquet'))]
-    order = ['network', 'dtype', 'target', 'kind', 'third']
+    order = CELL
     pd.DataFrame([row_of(t, made_by=t.cluster.nunique() if len(t) else 0) for t in full]).sort_values(order).to_csv(FOLDER / 'grid.csv', index=False, float_format='%.0f')
     flips = pd.concat([t.assign(**{k: t.attrs[k] for k in order[:3]}) for t in full if len(t) and t.model.str.startswith('flip(').all()], ignore_index=True).copy()
     flips = flips.assign(bit=flips.model.str.extract(r'bit=(\d+)')[0].astype(int))
@@ -214,17 +247,21 @@ def main():
     p.add_argument('--kinds', nargs='+', default=None, help='only these error models')
     p.add_argument('--sdcs', type=int, default=1000, help='a cell is full with so many SDCs')
     p.add_argument('--runs', type=int, default=100_000, help='or with so many runs')
-    p.add_argument('--tables', action='store_true', help='only write the tables, from the cells that are there')
+    p.add_argument('--stages', nargs='+', default=['find', 'judge', 'tables'], choices=['find', 'judge', 'tables'])
     p.add_argument('--no-odd', action='store_true', help='leave out the unusual inputs')
     p.add_argument('--threads', type=int, default=1)
     p.add_argument('--work', type=Path, default=Path(__file__).parent / 'grid', help='folder of the cells')
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
-    for network, dtype in () if args.tables else itertools.product(args.networks, args.dtypes):
-        b = Bench(network, dtype, not args.no_odd)
+    folder = args.work / 'found'
+    folder.mkdir(parents=True, exist_ok=True)
+    for network, dtype in () if args.stages == ['tables'] else itertools.product(args.networks, args.dtypes):
+        net = Net(network, dtype)
+        if 'find' in args.stages: find(net, folder, args)
+        if 'judge' not in args.stages: continue
+        b = Bench(net, not args.no_odd)
         b.false.to_csv(args.work / f'{network}-{dtype}.false.csv', index=False)
-        cells(b, args.work, args)
-    tables(args.work)
+        judge_cells(b, folder, args.work, args)
+    if 'tables' in args.stages: tables(args.work)
 
 if __name__ == '__main__': main()

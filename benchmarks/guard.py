@@ -34,12 +34,12 @@ FOLDER = Path(__file__).parent / 'results'
 
 # ---------------------------------------------------------------- what is compared
 
-def detectors(model):
+def detectors(network, model):
     "`{name: fitted detector}`; how well they are fitted changes nothing in what they cost"
     data = sample('profile')[:200]
     found = layers(model, next(iter(loader(data))))
     dna = {f'Dr. DNA, k={k}': DrDNA.fit(profile(model, loader(data), found, k)) for k in (8, 32, 128)}
-    return dna | fit_detectors(model, loader(data), rivals(model, next(iter(loader(data))), found))
+    return dna | fit_detectors(model, loader(data), rivals(network, model, next(iter(loader(data))), found))
 
 def stored(detector) -> int:
     "Bytes of the numbers that a detector keeps, sites and vectors included"
@@ -90,7 +90,7 @@ def measure(a):
     model = NETWORKS[a.network]()
     weights, images = sum(p.nbytes for p in model.parameters()), normalize(sample('evaluate').images[:max(a.batches)])
     with torch.inference_mode():
-        watch = {k: d for k, d in detectors(model).items() if not a.detectors or k in a.detectors}
+        watch = {k: d for k, d in detectors(a.network, model).items() if not a.detectors or k in a.detectors}
         timers = {'eager': eager, 'compiled': compiled}[a.mode](model, watch)
         res = {str(b): turns(timers, images[:b], a.rounds) for b in a.batches}
     memory = [stored(d) / weights for d in watch.values()]

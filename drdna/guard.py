@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, Range, energy, entropy, softmax_doubt
 from .checksums import Affine, Checksum, Folded, Norm, Product, Together
+from .sentinel import LOOKS, Sentinel
 from .core import Cohort, Recorder, device_of, layers as find_layers, structure, weights_hash
 from .detection import RULES, DrDNA, Verdict, collect_clean, judge, threshold
 from .profiling import Fields, _peek, pack_layers, profile, read_tensors, unpack_layers, write_tensors
@@ -236,12 +237,13 @@ def calibrate(self:Guard,
 
 # %% ../nbs/08_guard.ipynb #7671f1b9
 _REAL = (torch.float32, torch.float64)
-_KINDS = { # What a file may name, and the shapes of what that learns, if it does not say so itself; L layers, D values of the first one, P parts
+_KINDS = { # What a file may name, and the shapes of what that learns, if it does not say so itself; L layers, D values of the first one, P parts, F picks
     DrDNA: {}, NonFinite: {}, Doubt: {},
     Range: {'lo': 'L', 'hi': 'L'},
     Extremes: {'mean': ('L', 3), 'sd': ('L', 3)},
     Mahalanobis: {'mean': 'D', 'inverse': 'DD'},
     Checksum: {'mean': ('L', 1), 'sd': ('L', 1)},
+    Sentinel: {'mean': 'F', 'unit': 'F'},
     Together: {'scale': 'P'}}
 
 @patch
@@ -263,7 +265,7 @@ def _made(f, make):
 
 def _learnt(d, f):
     "The detector with what it learnt"
-    size = {'L': len(d.layers), 'D': d.layers[0].size, 'P': len(getattr(d, 'parts', ()))}
+    size = {'L': len(d.layers), 'D': d.layers[0].size, 'P': len(getattr(d, 'parts', ())), 'F': len(getattr(d, 'picks', ()))}
     for n, shape in _KINDS[type(d)].items(): setattr(d, n, f.array(n, _REAL, tuple(size.get(s, s) for s in shape)))
     return d
 
@@ -311,7 +313,7 @@ _RELATIONS = {c.__name__: c for c in (Affine, Norm, Product)}
 def state(self:Checksum):
     arrays, meta = super(Checksum, self).state()
     vs, none = [r.v for r in self.relations], torch.empty(0, dtype=torch.int32)
-    arrays |= {'v': torch.cat([v.kept.flatten().cpu() for v in vs]), 'index': torch.cat([none, *(i.cpu() for v in vs for i in v.index.values())])} # each moves to a device when it is used
+    arrays |= {'v': torch.cat([torch.empty(0), *(v.kept.flatten().cpu() for v in vs)]), 'index': torch.cat([none, *(i.cpu() for v in vs for i in v.index.values())])} # each moves to a device when it is used
     rows = [{'kind': type(r).__name__, 'head': r.head, 'tail': r.tail, 'c': r.c, 'kept': list(r.v.kept.shape), 'shape': list(r.v.shape)} for r in self.relations]
     return arrays, meta | {'relations': rows, 'uncovered': self.uncovered}
 
@@ -329,11 +331,12 @@ def _sound(r, tail) -> bool: # Row and layer
     fits = kept == shape == [0] or 0 < len(kept) == len(shape) and all(0 < k <= n for k, n in zip(kept, shape))
     return fits and r['kind'] in _RELATIONS and (r['kind'] != 'Norm' or len(shape) == 1 and shape[0] and tail.size % shape[0] == 0)
 
-def _relations(f:Fields, layers:list) -> list:
-    "A file's relations; each layer must be an end of exactly one"
+def _relations(f:Fields, layers:list, everywhere:bool=True) -> list:
+    "A file's relations; each layer must be an end of one, of at most one if not `everywhere`"
     rows = f.get('relations', list)
     try:
-        if sorted(i for r in rows for i in {r['head'], r['tail']}) != list(range(len(layers))): raise TypeError
+        ends = sorted(i for r in rows for i in {r['head'], r['tail']})
+        if ends != [i for i in range(len(layers)) if everywhere or i in ends]: raise TypeError
         if not all(_sound(r, layers[r['tail']]) for r in rows): raise TypeError
     except (TypeError, KeyError): f.fail('relations', 'does not describe relations of these layers')
     folded = [[(d, n) for d, (k, n) in enumerate(zip(r['kept'], r['shape'])) if k < n] for r in rows] # axes and how long they are
@@ -342,6 +345,21 @@ def _relations(f:Fields, layers:list) -> list:
     vs = [Folded(v.reshape(r['kept']), {d: next(index) for d, _ in axes}) for r, v, axes in zip(rows, kept, folded)]
     if not all(0 <= int(i.min()) <= int(i.max()) < v.kept.shape[d] for v in vs for d, i in v.index.items()): f.fail('index', 'lies outside the vectors')
     return [_RELATIONS[r['kind']](r['head'], r['tail'], v, r['c']) for r, v in zip(rows, vs)]
+
+# %% ../nbs/08_guard.ipynb #d8179209
+@patch
+def state(self:Sentinel):
+    arrays, meta = super(Sentinel, self).state()
+    return arrays, meta | {'looks': [self.looks[i] for i in range(len(self.layers))]}
+
+@patch(cls_method=True)
+def from_state(cls:Sentinel, f:Fields):
+    layers, d = unpack_layers(f, sites=False)[0], cls.__new__(cls)
+    looks = f.get('looks', list, ok=lambda v: len(v) == len(layers) and all(isinstance(w, list) and w == [k for k in LOOKS if k in w] for w in v))
+    relations = _relations(f, layers, False)
+    if {i for i, w in enumerate(looks) if w}.union(*((r.head, r.tail) for r in relations)) != {*range(len(layers))}: f.fail('looks', 'leave a layer at which nothing is watched')
+    d._post(layers, relations, dict(enumerate(looks)))
+    return _learnt(d, f)
 
 # %% ../nbs/08_guard.ipynb #2eaebe39
 def _kinds(part): return {c.__name__: c for c in _KINDS if not part or c not in (DrDNA, Together)}

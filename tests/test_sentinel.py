@@ -1,0 +1,83 @@
+"""Sentinels: what a feature is, how features are judged together, and the greedy choice"""
+import pytest, torch
+
+from drdna.baselines import fit_detectors
+from drdna.checksums import Checksum
+from drdna.core import layers
+from drdna.data_model import ViT
+from drdna.detection import collect_clean
+from drdna.sentinel import LOOKS, Sentinel, checks, choose, price, sizes
+from torchvision.models import resnet18
+
+def net():
+    torch.manual_seed(0)
+    return resnet18(num_classes=4).eval().requires_grad_(False)
+
+def vit():
+    torch.manual_seed(0)
+    return ViT(d=16, depth=1, heads=2).eval().requires_grad_(False)
+
+@pytest.fixture(scope='module', params=[net, vit])
+def made(request):
+    model, data = request.param(), list(torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(8))
+    picks = [(w, l.name) for l in layers(model, data[0], want=lambda m: True) for w in LOOKS] + [('check', n) for n in checks(model, data[0])]
+    return model, data, fit_detectors(model, data, {'x': Sentinel(model, data[0], picks)})['x']
+
+def test_checks_are_those_of_checksum_to_the_bit(made):
+    model, data, det = made
+    c = Checksum(model, data[0])
+    seen = collect_clean(model, data, {'x': det, 'c': c})
+    for k, (what, n) in enumerate(det.picks):
+        if what == 'check': assert torch.equal(seen['x'][:, k], seen['c'][:, [l.name for l in c.layers].index(n), 0])
+    assert sum(w == 'check' for w, _ in det.picks) == len(c.relations)
+
+def test_clean_inputs_of_the_fit_stay_within_one_unit(made):
+    model, data, det = made
+    d = det.deviations(collect_clean(model, data, {'x': det})['x'])
+    top = d.amax(0)
+    assert (((top - 1).abs() < 1e-5) | (top == 0)).all()  # 0: a number that never varies, such as the minimum behind a ReLU
+    assert all(t > 0 for t, (w, _) in zip(top, det.picks) if w == "max")
+
+def test_a_layer_counts_its_largest_feature(made):
+    model, data, det = made
+    r = collect_clean(model, data, {'x': det})['x']
+    s, d = det.statistic(r), det.deviations(r)
+    for i, l in enumerate(det.layers):
+        mine = [k for k, (_, n) in enumerate(det.picks) if n == l.name]
+        assert torch.equal(s[:, i], d[:, mine].amax(1) if mine else torch.zeros(len(d)))  # nothing is judged where a relation only begins
+
+def test_what_is_not_finite_alarms_at_its_layer_alone(made):
+    model, data, det = made
+    r = collect_clean(model, data, {'x': det})['x'][:2].clone()
+    r[0, 0], r[1, 0] = torch.nan, torch.inf
+    s, at = det.statistic(r), [l.name for l in det.layers].index(det.picks[0][1])
+    assert s[:, at].isinf().all() and s.isinf().sum() == 2
+
+def test_channels_last_sees_the_same(made):
+    model, data, det = made
+    same = [x.contiguous(memory_format=torch.channels_last) for x in data]
+    looks = [k for k, (w, _) in enumerate(det.picks) if w != 'check']
+    a, b = (collect_clean(model, d, {'x': det})['x'][:, looks] for d in (data, same))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+@pytest.mark.parametrize('picks, why', [([], 'no picks'), ([('max', 'fc9')], "('max', 'fc9')"), ([('mean', 'fc')], "('mean', 'fc')"), ([('check', 'relu')], "('check', 'relu')")])
+def test_a_pick_that_does_not_exist_is_named(picks, why):
+    model = net()
+    with pytest.raises(ValueError) as e: Sentinel(model, torch.zeros(2, 3, 32, 32), picks)
+    assert why in str(e.value)
+
+def test_a_second_look_is_cheaper_than_a_first(made):
+    model, data, det = made
+    heads, size = {det.layers[r.tail].name: det.layers[r.head].name for r in det.relations}, sizes(model, data[0])
+    name = det.layers[1].name
+    one, two = price([('max', name)], heads, size), price([('max', name), ('min', name)], heads, size)
+    assert one < two < 2 * one and price(det.picks, heads, size, batch=64) > price(det.picks, heads, size, batch=32)
+
+def test_the_choice_keeps_its_budget_and_leaves_out_what_gains_nothing():
+    clean = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
+    seen = {'a': torch.tensor([[9., 0, 0]]).expand(30, 3), 'b': torch.tensor([[0., 9, 0]]).expand(30, 3)}
+    picks, cost = [('max', n) for n in 'abc'], lambda p: {'a': 1, 'b': 2, 'c': 0.5}[p[-1][1]] + sum({'a': 1, 'b': 2, 'c': .5}[n] for _, n in p[:-1])
+    assert sorted(choose(picks, clean, seen, cost, 9).layer) == ['a', 'b']
+    t = choose(picks, clean, seen, cost, 1.5)
+    assert t.layer.tolist() == ['a'] and t['mean'].tolist() == [.5] and t.worst.tolist() == [0]
+    with pytest.raises(ValueError, match='999'): choose(picks, clean[:50], seen, cost, 9)  # too few clean inputs for the rate

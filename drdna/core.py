@@ -8,13 +8,14 @@ Docs: https://drdna.github.io/drdna/core.html.md"""
 __all__ = ['PHASES', 'call_model', 'device_of', 'to_device', 'undisturbed', 'tensors', 'get_item', 'put_item', 'Layer',
            'logical_shape', 'is_monitored', 'child_free', 'layers', 'batch_tensors', 'draw_sites', 'coordinates',
            'read_sites', 'Cohort', 'Call', 'view', 'unview', 'Tap', 'at_call', 'has_hooks', 'is_tapped', 'mitigate',
-           'Recorder', 'structure', 'weights_hash']
+           'Recorder', 'structure', 'weights_hash', 'replace_file']
 
 # %% ../nbs/00_core.ipynb #8eff5e04
-import copy, hashlib, math, threading, weakref
+import copy, hashlib, math, os, threading, weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -437,3 +438,23 @@ def weights_hash(model:nn.Module) -> str: # 64 hexadecimal digits
     for t in model.state_dict().values():
         if isinstance(t, Tensor): h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
+
+# %% ../nbs/00_core.ipynb #3a635e42
+def _sync(path):
+    "Bring a file or a folder to the disk"
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+def replace_file(
+    path:Path, # Where the content is to be
+    write:Callable # Called with a temporary path in the same folder
+):
+    "Write a file so that `path` is always either the old or the whole new one, even if the power fails"
+    path = Path(path)
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        write(tmp); _sync(tmp)
+        os.replace(tmp, path)
+        if os.name == 'posix': _sync(path.parent)  # the name, too
+    finally: tmp.unlink(missing_ok=True)

@@ -6,11 +6,11 @@ Docs: https://drdna.github.io/drdna/data_model.html.md"""
 
 # %% auto #0
 __all__ = ['CLASSES', 'SPLITS', 'MEAN', 'STD', 'NETWORKS', 'VIT', 'RECIPES', 'Images', 'asset', 'to_mosaic', 'from_mosaic',
-           'sample', 'normalize', 'loader', 'check_cifar10', 'replace_file', 'cifar10', 'choose_heldout',
-           'heldout_indices', 'make_sample', 'resnet18', 'AttentionProduct', 'Attention', 'Block', 'ViT', 'accuracy',
-           'Recipe', 'whiten_', 'cutout', 'augment', 'epoch_batches', 'SmallMapConv', 'use_small_map_conv_', 'has_bf16',
-           'new_model', 'new_optimizer', 'train_epoch', 'save_checkpoint', 'load_checkpoint', 'weights_file',
-           'load_weights', 'write_result', 'cifar10_splits', 'train', 'trained_resnet18', 'trained_vit']
+           'sample', 'normalize', 'loader', 'check_cifar10', 'cifar10', 'choose_heldout', 'heldout_indices',
+           'make_sample', 'resnet18', 'AttentionProduct', 'Attention', 'Block', 'ViT', 'accuracy', 'Recipe', 'whiten_',
+           'cutout', 'augment', 'epoch_batches', 'SmallMapConv', 'use_small_map_conv_', 'has_bf16', 'new_model',
+           'new_optimizer', 'train_epoch', 'save_checkpoint', 'load_checkpoint', 'weights_file', 'load_weights',
+           'write_result', 'cifar10_splits', 'train', 'trained_resnet18', 'trained_vit']
 
 # %% ../nbs/01_data_model.ipynb #c30519f6
 import hashlib, io, json, os, shutil, subprocess, tarfile, tempfile, time, urllib.request, warnings
@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+
+from .core import replace_file
 
 # %% ../nbs/01_data_model.ipynb #cc3fbd88
 CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
@@ -161,16 +163,6 @@ def _from_npm(tmp):
         return {s: (torch.cat([mosaic(n) for n in ns]), torch.tensor(json.loads(read(f'{s}_lables.json')))) for s, ns in names.items()}
 
 # %% ../nbs/01_data_model.ipynb #572a8460
-def replace_file(
-    path:Path, # Where the content is to be
-    write # Called with a temporary path in the same folder
-):
-    "Write a file so that `path` is always either the old or the whole new one"
-    path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try: write(tmp); os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-
 def _digest(*tensors):
     h = hashlib.sha256()
     for t in tensors: h.update(t.contiguous().numpy())

@@ -7,7 +7,7 @@ Docs: https://drdna.github.io/drdna/engine.html.md"""
 # %% auto #0
 __all__ = ['Uncuttable', 'Step', 'take', 'differs', 'Cut', 'Local', 'local', 'Windows', 'padded', 'cut_out', 'put_in', 'Value',
            'Entry', 'Load', 'MadeCall', 'Watch', 'Sweep', 'Narrow', 'rows_first', 'Ran', 'rounds', 'whole', 'Run',
-           'run']
+           'Cuts', 'run']
 
 # %% ../nbs/04b_engine.ipynb #01dfe3ca
 import math, operator, warnings
@@ -1210,9 +1210,9 @@ def _prepared(model, faults, layers, n, repairs) -> pd.DataFrame:
     return faults.reset_index(drop=True)
 
 # %% ../nbs/04b_engine.ipynb #70275c78
-class _Cuts:
-    "The network in steps for each shape of batch; None where it cannot be cut, which is said once"
-    def __init__(self, model, forward, sweep): self.model, self.forward, self.sweep, self.known, self.said = model, forward, sweep, {}, False
+class Cuts:
+    "The network in steps for each shape of batch; None where it cannot be cut, which is said once. Keep one to run many lists without trying the steps again"
+    def __init__(self, model, forward=None, sweep=True): self.model, self.forward, self.sweep, self.known, self.said = model, forward, sweep, {}, False
     def say(self, why):
         if not self.said: warnings.warn(f'{type(self.model).__name__}: {why}; the whole network runs instead, which gives the same bits and takes longer')
         self.said = True
@@ -1263,14 +1263,15 @@ def run(
     images:int|None=None, # How many inputs there are; default: counted through `len(data.dataset)`
     memory:int=2**30, # About how many bytes the activations of a sweep may take
     sweep:bool=True, # Compute only what a fault changes; otherwise the whole network for every fault
-    desc:str='inject', # What the progress bar says
+    desc:str|None='inject', # What the progress bar says; None: no bar
+    cuts:Cuts|None=None, # From earlier runs of the same network; it knows `forward` and `sweep`
 ) -> Run:
     "Run every fault once and compare with the fault-free run of the same batch; raises `ValueError` for a bad list before anything runs"
     if images is None and not hasattr(data, 'dataset'): raise ValueError('say how many inputs there are (images=): this data has no dataset that could be counted')
     faults, repairs, observers = _prepared(model, faults, layers, images or len(data.dataset), repairs), {'none': nullcontext, **(repairs or {})}, observers or {}
     logs = {name: _Log(faults[faults.part == 0], criterion) for name in repairs}
-    cuts, known = _Cuts(model, forward, sweep), {l.name: l for o in observers.values() for l in o.layers} | {l.name: l for l in layers}
-    with undisturbed(model), tqdm(total=(faults.fault.iloc[-1] + 1) * len(repairs), desc=desc, unit='fault') as bar:
+    cuts, known = cuts or Cuts(model, forward, sweep), {l.name: l for o in observers.values() for l in o.layers} | {l.name: l for l in layers}
+    with undisturbed(model), tqdm(total=(faults.fault.iloc[-1] + 1) * len(repairs), desc=desc, unit='fault', **({} if desc else dict(disable=True))) as bar:
         for batch, here, start in _batches(data, faults, device_of(model)):
             golden = None
             for name, repair in repairs.items():

@@ -7,7 +7,7 @@ Docs: https://drdna.github.io/drdna/injection.html.md"""
 # %% auto #0
 __all__ = ['COLUMNS', 'bits_of', 'Masks', 'masks', 'apply_masks', 'error_model', 'flip', 'flips', 'burst', 'stuck_bit', 'sign',
            'random_bits', 'stuck_at', 'uniform', 'noise', 'outside', 'value_class', 'Grid', 'channel_axis', 'pattern',
-           'point', 'same_row', 'bullet_wake', 'block', 'channel', 'shattered_channel', 'scattered', 'Place',
+           'point', 'same_row', 'bullet_wake', 'block', 'channel', 'shattered_channel', 'scattered', 'Place', 'strike',
            'draw_neurons', 'parameter_places', 'draw_weights', 'stored_places', 'row', 'column', 'draw_runs',
            'draw_rate', 'repeat_fault', 'fault_ids', 'check_faults', 'masks_of', 'Struck', 'strikes', 'NeuronFaults',
            'weight_faults', 'written', 'other_class', 'outcomes', 'class_flags']
@@ -293,12 +293,15 @@ def _draw(places, n, model, shape, seed):
     g, ends = torch.Generator().manual_seed(seed), torch.tensor([p.size for p in places]).cumsum(0)
     anchor = torch.randint(total, (n,), generator=g)
     which = torch.searchsorted(ends, anchor, right=True)
-    anchor = (anchor - (ends - torch.tensor([p.size for p in places]))[which]).tolist()
-    rng, which = np.random.default_rng(seed), which.tolist()
+    anchor = anchor - (ends - torch.tensor([p.size for p in places]))[which]
+    return strike(places, which.numpy(), anchor.numpy(), model, shape, g, np.random.default_rng(seed)).assign(p=1 / total)[COLUMNS]
+
+def strike(places, which, anchor, model, shape, g, rng) -> pd.DataFrame: # A fault list that lacks `p`
+    "Spread anchors (flat indices of the tensors `places[which]`) by a pattern, and decide what happens there"
     struck = [[a] for a in anchor] if shape is None else [np.ravel(shape(_grid(places[w].shape, places[w].axis, a), rng)) for w, a in zip(which, anchor)]
     count = [len(s) for s in struck]
     frame = pd.DataFrame({'which': np.repeat(which, count), 'index': np.concatenate(struck), 'part': np.concatenate([np.arange(c) for c in count])})
-    return _fill(frame, places, model, g).assign(pattern=shape.name if shape else 'point()', p=1 / total)[COLUMNS]
+    return _fill(frame, places, model, g).assign(pattern=shape.name if shape else 'point()')
 
 # %% ../nbs/04_injection.ipynb #48a493a3
 COLUMNS = ['target', 'layer', 'index', 'part', 'model', 'pattern', 'bit', 'keep', 'set', 'flip', 'scale', 'dtype', 'p']

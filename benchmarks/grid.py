@@ -19,8 +19,8 @@ from torchvision.transforms.functional import gaussian_blur
 
 from drdna.baselines import Doubt, Extremes, Mahalanobis, NonFinite, QuantileTree, Range, energy, entropy, fit_detectors
 from drdna.checksums import Checksum, Together
-from drdna.core import layers
-from drdna.data_model import cifar10_splits, loader, replace_file, trained_resnet18, trained_vit
+from drdna.core import layers, replace_file
+from drdna.data_model import cifar10_splits, loader, trained_resnet18, trained_vit
 from drdna.detection import RULES, DrDNA, collect_clean, judge, threshold
 from drdna.engine import run
 from drdna.injection import channel, draw_neurons, draw_weights, flip, parameter_places, row, sign, stuck_at, uniform

@@ -3,12 +3,14 @@
 Networks, precisions, faults in neurons and in weights, nine error models, thirds of the depth. A cell is filled until it holds
 1,000 SDCs (of 100 different faults at least) or 100,000 runs (a neuron fault is one run; a weight fault runs on 100 images).
 Faults that make SDCs are found first, without any detector; then they alone run again with all detectors looking on, which
-gives the same bits. Profiles and
-fits use training images, thresholds the 5,000 images held out from training, and faults strike the 10,000 test images, on which the false-positive
-rates are measured.
+gives the same bits. Profiles and fits use training images, thresholds the 5,000 images held out from training, and faults
+strike the 10,000 test images, on which the false-positive rates are measured.
 
-What was found and what was judged are files under `--work`, one per cell, so a run that was stopped goes on where it was, one
-with larger limits goes on from what it has, and another detector only asks for judging anew (delete the cells, keep `found`). At its end it writes three tables: grid.csv, one row per cell; bits.csv, the same by bit; false.csv, false positives.
+What was found and what was judged are files under `--work`, one per cell. So a run that was stopped goes on where it was, one
+with larger limits goes on from what it has, and another detector only asks for judging anew (delete the cells, keep `found`).
+
+At its end it writes four tables: found.csv, runs and SDCs of each cell; grid.csv, what the detectors saw of them; bits.csv,
+the same by bit; false.csv, false positives.
 """
 import argparse, gzip, itertools, zlib
 from dataclasses import replace
@@ -230,8 +232,10 @@ def row_of(t, **more) -> dict:
 
 def tables(work):
     "The committed tables, from the files of the cells"
-    full = [pd.read_parquet(p) for p in sorted(work.glob('*.parquet'))]
-    order = CELL
+    found = [pd.read_parquet(p) for p in sorted((work / 'found').glob('*.parquet'))]
+    pd.DataFrame([t.attrs | dict(made_by=t.fault.nunique()) for t in found]).sort_values(CELL).to_csv(FOLDER / 'found.csv', index=False)
+    full, order = [pd.read_parquet(p) for p in sorted(work.glob('*.parquet'))], CELL
+    if not full: return print('no cell is judged yet')
     pd.DataFrame([row_of(t, made_by=t.cluster.nunique() if len(t) else 0) for t in full]).sort_values(order).to_csv(FOLDER / 'grid.csv', index=False, float_format='%.0f')
     flips = pd.concat([t.assign(**{k: t.attrs[k] for k in order[:3]}) for t in full if len(t) and t.model.str.startswith('flip(').all()], ignore_index=True).copy()
     flips = flips.assign(bit=flips.model.str.extract(r'bit=(\d+)')[0].astype(int))

@@ -370,8 +370,8 @@ def estimate(
     w, open = t.N / n * t.d, 1 - n / t.N
     r = float((w * t.y).sum() / w.sum())
     def var(z): return float((open * n / (n - 1).clip(lower=1) * (z - z.groupby(t.h).transform('mean'))**2).sum())
-    v, kish = var(w * (t.y - r)) / w.sum()**2, w.sum()**2 / (w**2).sum()
-    lo, hi = _korn_graubard(r, (r * (1 - r) / v) if v > 0 else kish, level) if (open[t.d] > 0).any() else (r, r)
+    v, most = var(w * (t.y - r)) / w.sum()**2, w.sum()**2 / max((w**2 * open).sum(), 1e-300)  # trials that the weights are worth (Kish), if all strata were alike
+    lo, hi = _korn_graubard(r, min(r * (1 - r) / v, most) if v > 0 else most, level) if (open[t.d] > 0).any() else (r, r)
     return dict(n=int(t.d.sum()), rate=r, se=math.sqrt(v), lo=lo, hi=hi, total=r * float(w.sum()), total_se=math.sqrt(var(w * t.y)))
 
 def _korn_graubard(r, n, level):

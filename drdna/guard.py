@@ -40,7 +40,7 @@ class Guard(nn.Module):
         self.model, self.detector, self.threshold, self.info = model, detector, threshold, info or {}
         self.on_alarm, self.stop, self.closed, self.training = on_alarm, stop, False, model.training
         self._check()
-        self.numbers = _numbers(detector)
+        self.numbers, self.dtypes = _numbers(detector), [_DTYPES.get(l.dtype) for l in detector.layers]
         self.recorder = Recorder(model, detector.layers, self._stopper() if stop else self._observe, asleep=True)
 
     def forward(self, *args, **kwargs) -> tuple[object, Verdict]:
@@ -96,8 +96,8 @@ def _check(self:Guard):
 # %% ../nbs/08_guard.ipynb #c0823597
 @patch
 def _observe(self:Guard, x, i, call):
-    l = self.layers[i]
-    if x.dtype != _DTYPES.get(l.dtype) and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != self.dtypes[i] and not torch.is_autocast_enabled(x.device.type):
+        l = self.layers[i]
         raise ValueError(f'layer {l.name}: {x.dtype}, but the detector was fitted on {l.dtype}; fit it again')
     return self.detector.observe(x, i, call)
 

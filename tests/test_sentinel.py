@@ -3,10 +3,10 @@ import pytest, torch
 
 from drdna.baselines import fit_detectors
 from drdna.checksums import Checksum
-from drdna.core import layers
+from drdna.core import Tap
 from drdna.data_model import ViT
 from drdna.detection import collect_clean
-from drdna.sentinel import LOOKS, Sentinel, checks, choose, price, sizes
+from drdna.sentinel import INTO, Sentinel, checks, choose, offers, price, sizes
 from torchvision.models import resnet18
 
 def net():
@@ -20,8 +20,7 @@ def vit():
 @pytest.fixture(scope='module', params=[net, vit])
 def made(request):
     model, data = request.param(), list(torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(8))
-    picks = [(w, l.name) for l in layers(model, data[0], want=lambda m: True) for w in LOOKS] + [('check', n) for n in checks(model, data[0])]
-    return model, data, fit_detectors(model, data, {'x': Sentinel(model, data[0], picks)})['x']
+    return model, data, fit_detectors(model, data, {'x': Sentinel(model, data[0], offers(model, data[0]))})['x']
 
 def test_checks_are_those_of_checksum_to_the_bit(made):
     model, data, det = made
@@ -30,6 +29,15 @@ def test_checks_are_those_of_checksum_to_the_bit(made):
     for k, (what, n) in enumerate(det.picks):
         if what == 'check': assert torch.equal(seen['x'][:, k], seen['c'][:, [l.name for l in c.layers].index(n), 0])
     assert sum(w == 'check' for w, _ in det.picks) == len(c.relations)
+
+def test_inputs_are_what_the_layer_reads(made):
+    model, data, det = made
+    names, seen = [n for w, n in det.picks if w == 'max in'], {}
+    with torch.inference_mode(), Tap(model, [l for l in det.layers if l.name in names], lambda x, call: seen.update({call.layer.name: call.args[0].flatten(1)})): model(data[0])
+    got = collect_clean(model, data[:1], {'x': det})['x']
+    for k, (what, n) in enumerate(det.picks):
+        if what in INTO: assert torch.equal(got[:, k], INTO[what](seen[n], 1))
+    assert names and not any(n.partition('#')[0].endswith('relu') for n in names)  # these work in place, so that the sum before them is gone
 
 def test_clean_inputs_of_the_fit_stay_within_one_unit(made):
     model, data, det = made
@@ -60,7 +68,7 @@ def test_channels_last_sees_the_same(made):
     a, b = (collect_clean(model, d, {'x': det})['x'][:, looks] for d in (data, same))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
-@pytest.mark.parametrize('picks, why', [([], 'no picks'), ([('max', 'fc9')], "('max', 'fc9')"), ([('mean', 'fc')], "('mean', 'fc')"), ([('check', 'relu')], "('check', 'relu')")])
+@pytest.mark.parametrize('picks, why', [([], 'no picks'), ([('max', 'fc9')], "('max', 'fc9')"), ([('mean', 'fc')], "'mean'"), ([('max in', 'relu')], "('max in', 'relu')"), ([('check', 'relu')], "('check', 'relu')")])
 def test_a_pick_that_does_not_exist_is_named(picks, why):
     model = net()
     with pytest.raises(ValueError) as e: Sentinel(model, torch.zeros(2, 3, 32, 32), picks)
@@ -68,10 +76,9 @@ def test_a_pick_that_does_not_exist_is_named(picks, why):
 
 def test_a_second_look_is_cheaper_than_a_first(made):
     model, data, det = made
-    heads, size = {det.layers[r.tail].name: det.layers[r.head].name for r in det.relations}, sizes(model, data[0])
-    name = det.layers[1].name
-    one, two = price([('max', name)], heads, size), price([('max', name), ('min', name)], heads, size)
-    assert one < two < 2 * one and price(det.picks, heads, size, batch=64) > price(det.picks, heads, size, batch=32)
+    name, cost = det.layers[1].name, lambda p, **kw: price(p, det.heads, sizes(model, data[0]), **kw)
+    one, two, apart = cost([('max', name)]), cost([('max', name), ('min', name)]), cost([('max', name), ('min in', name)])
+    assert one < two < apart < 2 * one and cost(det.picks, batch=64) > cost(det.picks, batch=32)  # one hook serves input and output
 
 def test_the_choice_keeps_its_budget_and_leaves_out_what_gains_nothing():
     clean = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))

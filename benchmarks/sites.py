@@ -17,21 +17,28 @@ from drdna.sentinel import Sentinel, choose, offers, price, sizes
 from grid import NETWORKS, PORTION, SITES, Batches, Net, draw, kinds, number, thirds
 
 CHOOSING = 'exponent MSB', 'U(±100)', 'U(±1000)', 'U(±10)', 'zeroed channel'
+ENOUGH, FEWEST = 60, 20  # SDCs of a group; a group with fewer does not count
 
-def groups(net, det, images, n) -> dict: # (kind, target, third) to the deviations of its SDCs
-    "What SDCs look like, of n portions of faults each"
+def groups(net, det, images, portions) -> dict: # (kind, target, third) to the deviations of its SDCs
+    "What SDCs look like: of each group enough, or what so many portions of faults give"
     res = {}
     for i, kind in enumerate(CHOOSING):
         for target in PORTION:
             for third, here in enumerate(thirds(net.found)):
-                faults = draw(net.model, here, target, kinds(net.dtype)[kind], n * PORTION[target], 10**8 + 10**6 * i + 10**5 * third, len(images.dataset))
-                t = net.run(faults, images, desc=f'{kind}, {target}, {third}').table
-                bad = faults[number(faults).isin(t.fault[t.outcome == 'SDC'])]
-                if bad.empty: continue
-                r = net.run(bad, images, observers={'x': det}, desc='look')
-                seen = r.faulty['x'][torch.tensor((r.table.outcome == 'SDC').to_numpy())]
-                if len(seen) >= 20: res[kind, target, third] = det.deviations(seen)
+                seen, seed = [], 10**8 + 10**6 * i + 10**5 * third
+                while len(seen) < portions and sum(map(len, seen)) < ENOUGH:
+                    faults = draw(net.model, here, target, kinds(net.dtype)[kind], 2 * PORTION[target], seed + 10**4 * len(seen), len(images.dataset))
+                    seen.append(look(net, det, images, faults))
+                if sum(map(len, seen)) >= FEWEST: res[kind, target, third] = torch.cat(seen)
     return res
+
+def look(net, det, images, faults) -> torch.Tensor: # One row per SDC
+    "Deviations of the SDCs that these faults make"
+    t = net.run(faults, images, desc='find').table
+    bad = faults[number(faults).isin(t.fault[t.outcome == 'SDC'])]
+    if bad.empty: return torch.empty(0, len(det.picks))
+    r = net.run(bad, images, observers={'x': det}, desc='look')
+    return det.deviations(r.faulty['x'][torch.tensor((r.table.outcome == 'SDC').to_numpy())])
 
 @torch.inference_mode()
 def bare(model, batch) -> float: # Microseconds
@@ -55,7 +62,7 @@ def chosen(network, portions, share, batch) -> pd.DataFrame:
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=NETWORKS)
-    p.add_argument('--portions', type=int, default=2, help='faults per group, in portions of the grid')
+    p.add_argument('--portions', type=int, default=6, help='at most so many faults per group, in twice the portions of the grid')
     p.add_argument('--share', type=float, default=.1, help='where the choice ends, as a share of an inference')
     p.add_argument('--batch', type=int, default=32)
     p.add_argument('--threads', type=int, default=1)

@@ -6,9 +6,9 @@ Docs: https://drdna.github.io/drdna/core.html.md"""
 
 # %% auto #0
 __all__ = ['PHASES', 'call_model', 'device_of', 'to_device', 'undisturbed', 'tensors', 'get_item', 'put_item', 'Layer',
-           'logical_shape', 'is_monitored', 'child_free', 'layers', 'batch_tensors', 'draw_sites', 'coordinates',
-           'read_sites', 'Cohort', 'Call', 'view', 'unview', 'Tap', 'at_call', 'has_hooks', 'is_tapped', 'mitigate',
-           'Recorder', 'structure', 'weights_hash', 'replace_file']
+           'channel_axis', 'logical_shape', 'is_monitored', 'child_free', 'layers', 'batch_tensors', 'draw_sites',
+           'coordinates', 'read_sites', 'Cohort', 'Call', 'view', 'unview', 'Tap', 'at_call', 'has_hooks', 'is_tapped',
+           'mitigate', 'Recorder', 'structure', 'weights_hash', 'replace_file']
 
 # %% ../nbs/00_core.ipynb #8eff5e04
 import copy, hashlib, math, os, threading, weakref
@@ -107,6 +107,11 @@ class Layer:
 
     @property
     def size(self) -> int: return math.prod(self.shape) # Neurons of one sample
+
+def channel_axis(layer:Layer) -> int:
+    "0 where channels come first (convolution, batch norm, …), -1 where they come last (linear, layer norm, attention)"
+    first = any(w in layer.kind for w in ('Conv', 'BatchNorm', 'GroupNorm', 'InstanceNorm')) or layer.kind.endswith(('1d', '2d', '3d'))
+    return 0 if first else -1
 
 # %% ../nbs/00_core.ipynb #143b15f5
 def logical_shape(

@@ -237,7 +237,7 @@ def calibrate(self:Guard,
 
 # %% ../nbs/08_guard.ipynb #7671f1b9
 _REAL = (torch.float32, torch.float64)
-_KINDS = { # What a file may name, and the shapes of what that learns, if it does not say so itself; L layers, D values of the first one, P parts, F picks
+_KINDS = { # What a file may name, and the shapes of what that learns, if it does not say so itself; L layers, D values of the first one, P parts, F features
     DrDNA: {}, NonFinite: {}, Doubt: {},
     Range: {'lo': 'L', 'hi': 'L'},
     Extremes: {'mean': ('L', 3), 'sd': ('L', 3)},
@@ -265,7 +265,7 @@ def _made(f, make):
 
 def _learnt(d, f):
     "The detector with what it learnt"
-    size = {'L': len(d.layers), 'D': d.layers[0].size, 'P': len(getattr(d, 'parts', ())), 'F': len(getattr(d, 'picks', ()))}
+    size = {'L': len(d.layers), 'D': d.layers[0].size, 'P': len(getattr(d, 'parts', ())), 'F': len(getattr(d, 'place', ()))}
     for n, shape in _KINDS[type(d)].items(): setattr(d, n, f.array(n, _REAL, tuple(size.get(s, s) for s in shape)))
     return d
 
@@ -355,7 +355,7 @@ def state(self:Sentinel):
 @patch(cls_method=True)
 def from_state(cls:Sentinel, f:Fields):
     layers, d = unpack_layers(f, sites=False)[0], cls.__new__(cls)
-    looks = f.get('looks', list, ok=lambda v: len(v) == len(layers) and all(isinstance(w, list) and w == [k for k in LOOKS if k in w] for w in v))
+    looks = f.get('looks', list, ok=lambda v: len(v) == len(layers) and all(isinstance(w, dict) and [*w] == [k for k in LOOKS if k in w] and all(type(n) is int and n > 0 for n in w.values()) for w in v))
     relations = _relations(f, layers, False)
     if {i for i, w in enumerate(looks) if w}.union(*((r.head, r.tail) for r in relations)) != {*range(len(layers))}: f.fail('looks', 'leave a layer at which nothing is watched')
     d._post(layers, relations, dict(enumerate(looks)))

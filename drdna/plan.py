@@ -360,19 +360,19 @@ def estimate(
     y:np.ndarray, # One per fault: 1 or 0, or the share of its images
     stratum:np.ndarray, # Of each fault
     size:np.ndarray, # Members of that stratum
-    inside:np.ndarray|None=None, # bool, which faults belong to the domain; default: all
+    inside:np.ndarray|None=None, # Which faults belong to the domain, or with what share; default: all
     level:float=0.95, # Confidence
 ) -> dict: # `n, rate, se, lo, hi, total, total_se`; NaN without faults
     "Horvitz–Thompson total and rate of a stratified sample, with Korn and Graubard's interval"
-    t = pd.DataFrame({'y': np.asarray(y, float), 'h': np.asarray(stratum), 'N': np.asarray(size, float), 'd': True if inside is None else np.asarray(inside, bool)})
-    if not t.d.any(): return dict(n=0) | dict.fromkeys(('rate', 'se', 'lo', 'hi', 'total', 'total_se'), math.nan)
+    t = pd.DataFrame({'y': np.asarray(y, float), 'h': np.asarray(stratum), 'N': np.asarray(size, float), 'd': 1. if inside is None else np.asarray(inside, float)})
+    if not (t.d > 0).any(): return dict(n=0) | dict.fromkeys(('rate', 'se', 'lo', 'hi', 'total', 'total_se'), math.nan)
     n = t.groupby('h').y.transform('size')
     w, open = t.N / n * t.d, 1 - n / t.N
     r = float((w * t.y).sum() / w.sum())
     def var(z): return float((open * n / (n - 1).clip(lower=1) * (z - z.groupby(t.h).transform('mean'))**2).sum())
     v, most = var(w * (t.y - r)) / w.sum()**2, w.sum()**2 / max((w**2 * open).sum(), 1e-300)  # trials that the weights are worth (Kish), if all strata were alike
-    lo, hi = _korn_graubard(r, min(r * (1 - r) / v, most) if v > 0 else most, level) if (open[t.d] > 0).any() else (r, r)
-    return dict(n=int(t.d.sum()), rate=r, se=math.sqrt(v), lo=lo, hi=hi, total=r * float(w.sum()), total_se=math.sqrt(var(w * t.y)))
+    lo, hi = _korn_graubard(r, min(r * (1 - r) / v, most) if v > 0 else most, level) if (open[t.d > 0] > 0).any() else (r, r)
+    return dict(n=int((t.d > 0).sum()), rate=r, se=math.sqrt(v), lo=lo, hi=hi, total=r * float(w.sum()), total_se=math.sqrt(var(w * t.y)))
 
 def _korn_graubard(r, n, level):
     "Clopper and Pearson's interval for n trials, which need not be whole"

@@ -1,7 +1,8 @@
 """Campaigns through kills, full disks, lost workers and damaged folders: the table is that of an undisturbed run, row for row"""
-import multiprocessing, os, resource, shutil, signal, subprocess, threading, time
-from concurrent.futures import ProcessPoolExecutor
+import io, multiprocessing, os, re, resource, shutil, signal, subprocess, threading, time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
@@ -27,13 +28,13 @@ def one_core():
     yield
     torch.set_num_threads(n)
 
-def make(plan=PLAN, chunk=12, seed=0):
+def make(plan=PLAN, chunk=12, seed=0, faults=None):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5)).eval().requires_grad_(False)
     data = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(50)
     found = layers(model, data[0])
     watch = {'drdna': Calibrated(DrDNA.fit(profile(model, data, found, k=8)), 5.), 'range': Calibrated(fit_detectors(model, data, {'r': Range(found)})['r'], 0.)}
-    return Campaign(model, data, plan, watch, chunk=chunk)
+    return Campaign(model, data, plan, watch, faults, chunk=chunk)
 
 @pytest.fixture(scope='module')
 def campaign(): return make()
@@ -59,6 +60,33 @@ def test_the_table_is_complete(campaign, whole):
     c = whole.counts
     assert c.images.sum() == len(t) and (c[cp.OUTCOMES].sum(axis=1) == c.images).all() and c.SDC.sum() == (t.outcome == 'SDC').sum()
 
+def test_detection_is_that_of_the_table(whole):
+    t, found = whole.table, whole.detection().set_index(['population', 'detector', 'outcome'])
+    for (p, d, o), row in found.iterrows():
+        mine = t[(t.population == p) & (t.outcome == o)]
+        hit = mine[f'{d}.alarm']
+        assert [row.n, row.detected, row.net] == [len(mine), hit.sum(), (hit & ~mine[f'{d}.twin']).sum()]
+        assert row.n == 0 or row.lo <= row.recall <= row.hi
+        clean = t.drop_duplicates('image')
+        assert (row.fpr_k, row.fpr_n) == (clean[f'{d}.twin'].sum(), len(clean))
+    p = 'neuron stuck_at() channel()'  # one stratum: the plain share
+    assert found.n[p, 'range', 'SDC'] > 0 and found.recall[p, 'range', 'SDC'] == pytest.approx(found.net[p, 'range', 'SDC'] / found.n[p, 'range', 'SDC'])
+
+def test_a_filtered_list_gives_the_same_rows(campaign, whole, tmp_path):
+    t = whole.table
+    keep = t.fault[(t['look'] > 0) | (t.target == 'weight') & (t.bit > 25)].unique()  # stored faults go round the end of the inputs, too
+    assert {1} <= set(t['look']) and (t[t.target == 'weight'].groupby('fault').image.agg(lambda s: s.max() - s.min()) > 100).any()
+    some = campaign.faults[campaign.faults.fault.isin(keep)]
+    got = make(faults=some).run(tmp_path)
+    same(got.table, t[t.fault.isin(keep)].reset_index(drop=True))
+    assert 'random sample' in got._repr_html_() and 'random sample' not in whole._repr_html_()
+
+def test_a_list_without_a_plan(campaign, tmp_path):
+    some = campaign.faults[(campaign.faults.target == 'weight') & (campaign.faults.image < 50)]
+    c = make(None, faults=some)
+    t = c.run(tmp_path).table
+    assert (t.groupby('fault').image.nunique() == 100).all() and t.fault.nunique() == some.fault.nunique()
+
 def test_a_sequential_population_stops_in_time(whole):
     p = PLAN.population[-1]
     looks = sorted(whole.counts['look'][whole.counts.population == str(p)].unique())
@@ -73,6 +101,14 @@ def test_rows_are_replayed(campaign, whole):
 
 # ---------------------------------------------------------------- the same table, whoever computes it
 
+def test_the_bar_shows_rate_time_left_and_sdc_rate(tmp_path, monkeypatch):
+    text = io.StringIO()
+    monkeypatch.setattr(cp, 'tqdm', partial(cp.tqdm, disable=False, file=text, mininterval=0))
+    c = make(Plan((Population(bits=(30,), n=60),), images=200))
+    c.run(tmp_path)
+    e = Results(tmp_path).rates(['SDC']).iloc[0]
+    assert f'SDC {e.rate:.2%} [{e.lo:.2%}, {e.hi:.2%}]' in text.getvalue() and 'fault/s' in text.getvalue() and re.search(r'\d\d:\d\d<\d\d:\d\d', text.getvalue())
+
 class Counted(ProcessPoolExecutor):
     setups = 0
     def submit(self, fn, *args): self.setups += args[4] is not None; return super().submit(fn, *args)
@@ -86,6 +122,16 @@ def test_chunks_and_order_do_not_matter(campaign, whole, tmp_path, monkeypatch):
     compute = Campaign._compute
     monkeypatch.setattr(Campaign, '_compute', lambda self, todo, ex: compute(self, todo[::-1], ex))
     same(campaign.run(tmp_path / 'b').table, whole.table)
+
+def test_a_worker_that_would_give_other_bits_refuses(campaign, tmp_path, monkeypatch):
+    real, asked = cp.environment, []
+    monkeypatch.setattr(cp, 'environment', lambda m: real(m) | ({'torch': '0.1'} if asked.append(0) or len(asked) > 3 else {}))  # bind and two comparisons come first
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="would give other bits: torch is '.*' in the campaign, '0.1' in the worker"): campaign.run(tmp_path, pool)
+
+def test_what_cannot_be_sent_is_named(tmp_path):
+    c = make()
+    c.setup.model.lock = threading.Lock()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match='cannot be sent to workers .*lock'): c.run(tmp_path, pool)
 
 def test_a_dead_worker_process_costs_its_units_alone(campaign, whole, tmp_path):
     with Counted(1, fork) as pool:
@@ -118,24 +164,20 @@ def test_dask_with_a_worker_killed_in_the_middle(campaign, whole, tmp_path):
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def at_point(point, n):
-    "Make this process die at the n-th part, at one point of its way to the disk"
+    "Make this process die when it gets to a point of a file's way to the disk for the n-th time; folders are synced, too"
     import pyarrow.parquet as pq
-    left, real = [n], {'write': pq.write_table, 'fsync': os.fsync, 'replace': os.replace}
-    def due(path): left[0] -= 'parquet' in str(path); return left[0] <= 0
-    def write(t, path, **kw):
-        if point == 'before write' and due(path): die()
-        real['write'](t, path, **kw)
-        if point == 'half written' and due(path): os.truncate(path, os.path.getsize(path) // 2); die()
-    def fsync(fd):
-        name = os.readlink(f'/proc/self/fd/{fd}')
-        if point == 'before sync' and due(name): die()
-        real['fsync'](fd)
-        if point == 'after sync' and due(name): die()
-    def move(a, b):
-        if point == 'before rename' and due(b): die()
-        real['replace'](a, b)
-        if point == 'after rename' and due(b): die()
-    pq.write_table, os.fsync, os.replace = write, fsync, move
+    left, fsync, replace, text, table = [n], os.fsync, os.replace, Path.write_text, pq.write_table
+    def here(name):
+        left[0] -= name == point
+        if not left[0]: die()
+    def written(go, path):
+        here('before write'); go()
+        if point == 'half written' and left[0] == 1: os.truncate(path, os.path.getsize(path) // 2)
+        here('half written')
+    def around(name, go, *args): here(f'before {name}'); go(*args); here(f'after {name}')
+    pq.write_table = lambda t, path, **kw: written(lambda: table(t, path, **kw), path)
+    Path.write_text = lambda self, *args, **kw: written(lambda: text(self, *args, **kw), self)
+    os.fsync, os.replace = (lambda fd: around('sync', fsync, fd)), (lambda a, b: around('rename', replace, a, b))
 
 def child(campaign, folder, point=None, n=0, slow=0., started=None):
     if point: at_point(point, n)
@@ -149,16 +191,17 @@ def child(campaign, folder, point=None, n=0, slow=0., started=None):
 
 POINTS = 'before write', 'half written', 'before sync', 'after sync', 'before rename', 'after rename'
 
-def test_twelve_kills_at_the_points_that_matter(campaign, whole, tmp_path):
-    done = 0
-    for k, point in enumerate(POINTS * 2):
-        p = fork.Process(target=child, args=(campaign, tmp_path, point, 1 + k % 3 + (k < 6)))  # the manifest's and the list's files come first
-        p.start(); p.join(60)
-        assert p.exitcode == -signal.SIGKILL, point
-        now = len(Results(tmp_path)) if (tmp_path / 'manifest.json').exists() else 0
-        assert done <= now < len(whole)
-        done = now
-    assert done > 5
+def test_kills_at_the_points_that_matter(campaign, whole, tmp_path):
+    "At each point of the manifest's way, of the list's, of a part's and of a later part's"
+    done = []
+    for n in (1, 1, 1, 3):
+        for point in POINTS:
+            p = fork.Process(target=child, args=(campaign, tmp_path, point, n))
+            p.start(); p.join(60)
+            assert p.exitcode == -signal.SIGKILL, (n, point)
+            done.append(sum(1 for _ in tmp_path.glob('parts/*.parquet')))
+        assert (tmp_path / 'manifest.json').exists()
+    assert done == sorted(done) and done[:12] == [0] * 12 and 1 == done[17] < done[-1] < len(whole)
     same(campaign.run(tmp_path).table, whole.table)
     assert not leftovers(tmp_path)
 
@@ -186,12 +229,18 @@ def small_disk(path):
     try: yield lambda: subprocess.run(['mount', '-o', 'remount,size=64m', path], check=True)
     finally: subprocess.run(['umount', '-l', path], check=True)
 
-def limited(campaign, folder, told):
-    "Run where no file may grow beyond 6 kB"
+def limited(campaign, folder, size, told):
+    "Run where no file may grow beyond a size"
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (6144, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try: campaign.run(folder)
     except OSError as e: told.put(str(e))
+
+def limit_file_size(campaign, folder, size):
+    told = fork.SimpleQueue()
+    p = fork.Process(target=limited, args=(campaign, folder, size, told))
+    p.start(); p.join(60)
+    assert p.exitcode == 0 and 'too large' in told.get() and not leftovers(folder)
 
 def test_a_full_disk(campaign, whole, tmp_path):
     with small_disk(tmp_path / 'disk') as enlarge:
@@ -200,18 +249,34 @@ def test_a_full_disk(campaign, whole, tmp_path):
             with pytest.raises(OSError, match='(?i)space'): campaign.run(folder)
             assert 0 < len(Results(folder)) < len(whole) and not leftovers(folder)
             enlarge()
-        else: limit_file_size(campaign, folder)
+        else: limit_file_size(campaign, folder, 1024)
         same(campaign.run(folder).table, whole.table)
 
-def limit_file_size(campaign, folder):
-    told = fork.SimpleQueue()
-    p = fork.Process(target=limited, args=(campaign, folder, told))
-    p.start(); p.join(60)
-    assert p.exitcode == 0 and 'too large' in told.get() and not leftovers(folder)
-
 def test_files_that_must_not_grow(campaign, whole, tmp_path):
-    limit_file_size(campaign, tmp_path)
+    "First the manifest does not fit, then the list, then some part"
+    parts = [p.stat().st_size for p in whole.folder.glob('parts/*')]
+    for size in (1024, (whole.folder / 'manifest.json').stat().st_size + 1): limit_file_size(campaign, tmp_path, size)
+    campaign.bind(tmp_path)
+    limit_file_size(campaign, tmp_path, max(parts) - 1)
+    assert 0 < len(Results(tmp_path)) < len(whole)
     same(campaign.run(tmp_path).table, whole.table)
+
+# ---------------------------------------------------------------- memory
+
+def growth(n, folder, told):
+    "Bytes by which a run of n faults, late in the network, lets this process grow"
+    campaign = make(Plan((Population(layers=('5',), n=n),), images=200), chunk=1000)
+    campaign.run(folder)
+    told.put(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+def test_memory_does_not_grow_with_the_list(tmp_path):
+    told = fork.SimpleQueue()
+    for n in (1000, 20000):
+        p = fork.Process(target=growth, args=(n, tmp_path / str(n), told))
+        p.start(); p.join(120)
+        assert p.exitcode == 0
+    few, many = told.get(), told.get()
+    assert many < 1.1 * few
 
 # ---------------------------------------------------------------- whose folder
 
@@ -231,7 +296,7 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(campaign, 
     with cp.claimed(tmp_path): pass  # though a child of the dead one may live
 
 def test_another_campaign_is_refused_and_the_difference_named(campaign, tmp_path):
-    campaign.bind(tmp_path) if (tmp_path / 'parts').mkdir() is None else None
+    campaign.bind(tmp_path)
     for other, why in ((make(Plan(PLAN.population, images=200, seed=3)), "plan is 'as usual' in the folder, 'seed = 3' in this one"), (make(seed=1), 'weights is'), (make(chunk=13), 'chunk is 12 in the folder'.replace('12', "'12'"))):
         with pytest.raises(ValueError, match='belongs to another campaign') as e: other.run(tmp_path)
         assert why in str(e.value)
@@ -253,6 +318,13 @@ def test_a_damaged_folder_is_refused_by_the_name_of_the_file(campaign, whole, tm
     try: same(Results(folder).table, whole.table)
     except ValueError as e: assert path.name in str(e) or 'parts' in str(e)
     with suppress(ValueError): same(campaign.run(folder).table, whole.table)
+
+def test_a_lost_fault_list_is_written_again(campaign, whole, tmp_path):
+    folder = tmp_path / 'run'
+    shutil.copytree(whole.folder, folder)
+    (folder / 'faults.parquet').unlink()
+    with pytest.raises(FileNotFoundError): Results(folder).table
+    same(campaign.run(folder).table, whole.table)
 
 def test_a_foreign_part_is_refused_and_a_lost_one_is_computed_again(campaign, whole, tmp_path):
     folder = tmp_path / 'run'

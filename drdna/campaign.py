@@ -7,13 +7,12 @@ Docs: https://drdna.github.io/drdna/campaign.html.md"""
 # %% auto #0
 __all__ = ['FLAGS', 'OUTCOMES', 'batch_size', 'freeze', 'Calibrated', 'fingerprint', 'Unit', 'units', 'Setup', 'one_thread',
            'Worker', 'environment', 'claimed', 'Campaign', 'confidence', 'read_manifest', 'Results', 'show_interval',
-           'Replay', 'replay', 'propagation']
+           'Replay', 'replay']
 
 # %% ../nbs/09b_campaign.ipynb #478ef66d
 import hashlib, html, itertools, json, math, os, pickle, platform, threading, time, warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Executor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
@@ -200,7 +199,9 @@ def _spread(executor, setup, todo:Iterable[Unit], faults) -> Iterable[tuple[Unit
                 if rows is not None: ready.add(who); yield u, rows; continue
                 time.sleep(.01)
                 submit(u, sum(full for _, full in running.values()) < len(seen - ready))
-    except BrokenProcessPool as e: raise RuntimeError('a worker process died; all finished parts are kept: run again to go on') from e
+    except Exception as e:
+        if not isinstance(e, BrokenExecutor) and type(e).__name__ != 'KilledWorker': raise  # the latter is Dask's
+        raise ChildProcessError('a worker process died; all finished parts are kept: run again to go on') from e
     finally:
         for f in running: f.cancel()
 
@@ -354,7 +355,7 @@ def run(self:Campaign,
     folder:str|Path, # Where results are kept; made if it does not exist
     executor:Executor|None=None, # Who computes; default: this process
 ) -> 'Results':
-    "Run what is not done yet; raises `ValueError` if the folder belongs to another campaign, `BlockingIOError` if another process runs there"
+    "Run what is not done yet; raises `ValueError` if the folder belongs to another campaign, `BlockingIOError` if another process runs there, `ChildProcessError` if a worker was lost for good"
     folder = Path(folder)
     with claimed(folder), one_thread():
         run_id = fingerprint(self.bind(folder))
@@ -492,13 +493,13 @@ def reached(self:Results, p:Population, look:int) -> bool:
 @patch
 def rates(self:Results,
     outcomes:Iterable[str]=OUTCOMES, # Which
-    by:str|None=None, # Column of `counts` whose values are domains, such as `layer`
+    by:str|None=None, # Column of `counts` whose values are domains, such as `layer`; faults without one belong to none
     counts:pd.DataFrame|None=None, # If they are at hand, or changed
 ) -> pd.DataFrame: # One row per population, domain and outcome
     "Weighted rates of outcomes in the population, with intervals"
     rows, counts = [], self.counts if counts is None else counts
     for name, c in counts.groupby('population', sort=False):
-        for value in [None] if by is None else c[by].unique():
+        for value in [None] if by is None else c[by].dropna().unique():
             inside = None if by is None else (c[by] == value).to_numpy()
             rows += [{'population': name, **({} if by is None else {by: value}), 'outcome': o, **estimate(c[o] / c.images, c.stratum, c['size'], inside, confidence(self.plan, name))} for o in outcomes]
     return pd.DataFrame(rows)
@@ -586,18 +587,3 @@ def replay(
         clean, before = _look(c.setup, x, slot)
         with _struck(c.setup, part, slot): out, after = _look(c.setup, x, slot)
     return Replay(fault, image, clean, out, {l.name: (a, b) for l, a, b in zip(c.setup.layers, before, after)})
-
-# %% ../nbs/09b_campaign.ipynb #d3f2677a
-def propagation(
-    run:Results, # As for `replay`
-    n:int=20, # Faults of each outcome
-    outcomes:tuple=('benign', 'SDC', 'DUE'), # Which
-) -> pd.DataFrame: # One row per fault and layer: `depth` counts layers from the start, `changed` is the share of neurons that differ, `largest` the largest difference in units of the largest fault-free magnitude
-    "How the first n neuron faults of each outcome spread over the layers"
-    t, rows = run.counts[lambda t: t.target == 'neuron'], []
-    for outcome, f in [(o, f) for o in outcomes for f in t.fault[t[o] > 0][:n]]:
-        seen = replay(run, f)
-        for depth, (name, (a, b)) in enumerate(seen.layers.items()):
-            a, b = a.double(), b.double()
-            rows.append(dict(fault=f, outcome=outcome, struck=t.layer[t.fault == f].iloc[0], layer=name, depth=depth, changed=(a != b).double().mean().item(), largest=((b - a).abs().max() / a.abs().max().clamp_min(1e-300)).item()))
-    return pd.DataFrame(rows)

@@ -139,7 +139,7 @@ def test_a_dead_worker_process_costs_its_units_alone(campaign, whole, tmp_path):
             while not list(tmp_path.glob('parts/*.parquet')): time.sleep(.01)
             for pid in list(pool._processes): os.kill(pid, signal.SIGKILL)
         hit = threading.Thread(target=strike); hit.start()
-        with pytest.raises(RuntimeError, match='all finished parts are kept: run again'): campaign.run(tmp_path, pool)
+        with pytest.raises(ChildProcessError, match='all finished parts are kept: run again'): campaign.run(tmp_path, pool)
         hit.join()
     assert 0 < len(Results(tmp_path)) < len(whole)
     same(campaign.run(tmp_path).table, whole.table)

@@ -7,7 +7,7 @@ Docs: https://drdna.github.io/drdna/campaign.html.md"""
 # %% auto #0
 __all__ = ['FLAGS', 'OUTCOMES', 'batch_size', 'freeze', 'Calibrated', 'fingerprint', 'Unit', 'units', 'Setup', 'one_thread',
            'Worker', 'environment', 'claimed', 'Campaign', 'confidence', 'read_manifest', 'Results', 'show_interval',
-           'Replay', 'replay']
+           'show_rates', 'Replay', 'replay']
 
 # %% ../nbs/09b_campaign.ipynb #478ef66d
 import hashlib, html, itertools, json, math, os, pickle, platform, threading, time, warnings
@@ -525,6 +525,15 @@ def detection(self:Results) -> pd.DataFrame: # One row per population, detector 
 # %% ../nbs/09b_campaign.ipynb #08d63123
 def show_interval(rate:float, lo:float, hi:float) -> str: return '–' if math.isnan(rate) else f'{rate:.2%} [{lo:.2%}, {hi:.2%}]' # As tables show it
 
+def show_rates(
+    t:pd.DataFrame, # From `rates` or `detection`
+    col:str='outcome', # Whose values become columns
+    rate:str='rate', # Which rate
+) -> pd.DataFrame: # One row per population
+    "Rates with their intervals, as people read them"
+    cells = [show_interval(*v) for v in zip(t[rate], t.lo, t.hi)]
+    return t.assign(cell=cells).pivot_table('cell', 'population', col, aggfunc='first', sort=False).rename_axis(columns=None)
+
 @patch
 def about(self:Results) -> str: # One line
     "How far it is, and what its intervals mean"
@@ -537,9 +546,8 @@ def _repr_html_(self:Results) -> str:
     try: counts = self.counts
     except ValueError as e: return f'<p>{html.escape(str(e))}</p>'
     size = counts.groupby('population', sort=False).agg(faults=('fault', 'size'), experiments=('images', 'sum'))
-    cell = lambda t, col: t.assign(cell=[show_interval(*v) for v in zip(t[col], t.lo, t.hi)])
-    wide = cell(self.rates(), 'rate').pivot(index='population', columns='outcome', values='cell')[OUTCOMES]
-    if self.manifest['detectors']: wide = wide.join(cell(self.detection().query('outcome == "SDC"').assign(detector=lambda t: t.detector + ': recall'), 'recall').pivot(index='population', columns='detector', values='cell'))
+    wide = show_rates(self.rates())
+    if self.manifest['detectors']: wide = wide.join(show_rates(self.detection().query('outcome == "SDC"'), 'detector', 'recall').add_suffix(': recall'))
     return f'<p>{html.escape(self.about())}</p>' + size.join(wide).to_html()
 
 # %% ../nbs/09b_campaign.ipynb #f689db88

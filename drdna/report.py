@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from statsmodels.stats.contingency_tables import mcnemar as exact_mcnemar
 
 from .analysis import CLEAN, FAULTY, PALETTE, axes, render, svg
-from .campaign import OUTCOMES, Results, replay, show_interval
+from .campaign import OUTCOMES, Results, replay, show_rates
 
 # %% ../nbs/10c_report.ipynb #67a96279
 def with_channel(run:Results, counts:pd.DataFrame) -> pd.DataFrame: # With the column `channel`, such as `conv1 channel 7`
@@ -166,10 +166,6 @@ def plot_shares(out:pd.DataFrame) -> Figure:
     ax.legend(ncols=4, loc='lower center', bbox_to_anchor=(.5, 1), frameon=False)
     return fig
 
-def _wide(t:pd.DataFrame, col:str, rate:str='rate') -> pd.DataFrame: # One row per population, one column per value of `col`
-    "Rates with their intervals, as people read them"
-    return t.assign(cell=[show_interval(*v) for v in zip(t[rate], t.lo, t.hi)]).pivot_table('cell', 'population', col, aggfunc='first', sort=False).rename_axis(columns=None)
-
 # %% ../nbs/10c_report.ipynb #afca4185
 def sections(t:dict, run:Results) -> list[dict]: # For `analysis.render`
     "Figures and tables of a campaign's report, each with the sentence that it answers"
@@ -180,10 +176,10 @@ def sections(t:dict, run:Results) -> list[dict]: # For `analysis.render`
         res.append(dict(title=title, text=text, data=f'{data}.csv') | (dict(figure=svg(made), alt=title) if hasattr(made, 'savefig') else dict(table=made)))
     of = lambda o: lambda d: d[(d.outcome == o) & (d.n > 0)]
     add('What faults do', 'Shares of outcomes in each population: every fault weighted by what it stands for.', 'outcomes', plot_shares)
-    add('Rates', f'The same with {level} intervals (Horvitz–Thompson, Korn–Graubard).', 'outcomes', lambda d: _wide(d, 'outcome')[OUTCOMES])
+    add('Rates', f'The same with {level} intervals (Horvitz–Thompson, Korn–Graubard).', 'outcomes', show_rates)
     for by in ('layer', 'bit'): add(f'Vulnerability by {by}', f'SDC and DUE rates with {level} intervals.', f'by_{by}', lambda d: plot_vulnerability(d, by))
     add('The most vulnerable channels', f'Of those with at least {MANY[0]} faults, the 20 whose intervals begin highest.', 'by_channel', lambda d: d.nlargest(20, 'lo').set_index('channel')[['population', 'n', 'rate', 'lo', 'hi']], of('SDC'))
-    for o in ('SDC', 'DUE'): add(f'Detection of {o}s', f'Recall over {o}s, without alarms that the fault-free twin raises too, with {level} intervals.', 'detection', lambda d: _wide(d, 'detector', 'recall'), of(o))
+    for o in ('SDC', 'DUE'): add(f'Detection of {o}s', f'Recall over {o}s, without alarms that the fault-free twin raises too, with {level} intervals.', 'detection', lambda d: show_rates(d, 'detector', 'recall'), of(o))
     add('False positives', 'Alarms on the clean inputs that were struck, with 95 % Wilson intervals.', 'detection', lambda d: d.drop_duplicates('detector').set_index('detector')[['fpr_k', 'fpr_n', 'fpr_lo', 'fpr_hi']])
     add('Where SDCs are noticed', 'Struck layer against the layer of the alarm, logarithmic; right of the line no alarm came.', 'depth', lambda d: plot_depth(d, run))
     add('Which detector is better', "McNemar's exact test on the same SDCs: how many one detector alone saw.", 'compare', lambda d: d.set_index('population'))

@@ -5,8 +5,8 @@ ended. Sessions that end, by themselves or by Ctrl-C, are noted in campaign-sess
 parts count. When all is done, campaign.csv gets the weighted rates of SDCs and DUEs by bit class and by layer and bit class, and
 campaign-detection.csv the recalls and false positives.
 
---speed runs one plan with one and with two worker processes, in turns, and divides the seconds of each round. Workers start
-and get the network before, by a small campaign. It needs two idle cores.
+--speed runs one plan with one and with two worker processes, in turns, and divides the seconds of each round, which include
+sending the network. The processes start before, for a small campaign. It needs two idle cores, about four minutes long.
 
 --memory runs 1,000 and 100,000 neuron faults of a small network, each in a fresh process, and notes the peaks.
 """
@@ -58,8 +58,8 @@ def real(a):
     campaign, before, start = Campaign(plan=Plan.load(HERE / 'campaign.toml'), **shipped()), results(a.work), time.perf_counter()
     try: runs = campaign.run(a.work)
     finally:
-        seconds = time.perf_counter() - start
-        if made := results(a.work) - before: append(a.out / 'campaign-sessions.csv', dict(results=made, seconds=seconds, peak_mb=peak()))
+        took = dict(seconds=time.perf_counter() - start, peak_mb=peak())
+        if made := results(a.work) - before: append(a.out / 'campaign-sessions.csv', dict(results=made) | took)
     t, found = rates(runs), runs.detection()
     t.to_csv(a.out / 'campaign.csv', index=False, float_format='%.6g')
     found.to_csv(a.out / 'campaign-detection.csv', index=False, float_format='%.6g')
@@ -68,18 +68,19 @@ def real(a):
 # ---------------------------------------------------------------- two workers
 
 def speed(a):
-    "Seconds with one and with two workers, in turns, after a round to warm up"
+    "Seconds with one and with two workers, in turns, after a small round to warm up"
     given, rows = shipped(), []
     with tempfile.TemporaryDirectory() as d, ProcessPoolExecutor(1, spawn) as one, ProcessPoolExecutor(2, spawn) as two:
         pools = {1: one, 2: two}
-        def seconds(n, k):
-            campaign = Campaign(plan=Plan((Population(n=a.faults),), images=400, seed=n + 1), **given)
+        def seconds(n, k, faults=a.faults):
+            campaign = Campaign(plan=Plan((Population(n=faults),), images=400, seed=n), **given)
             start = time.perf_counter()
             campaign.run(Path(d) / f'{n}-{k}', pools[k])
             return time.perf_counter() - start
-        for n in range(-1, a.rounds):
+        for k in pools: seconds(a.rounds, k, 1000)
+        for n in range(a.rounds):
             took = {k: seconds(n, k) for k in ((1, 2) if n % 2 else (2, 1))}
-            if n >= 0: rows.append(dict(round=n, faults=a.faults, one=took[1], two=took[2], ratio=took[1] / took[2]))
+            rows.append(dict(round=n, faults=a.faults, one=took[1], two=took[2], ratio=took[1] / took[2]))
     t = pd.DataFrame(rows)
     t.to_csv(a.out / 'campaign-speed.csv', index=False, float_format='%.6g')
     print(t.round(3).to_string(index=False), f'median {t.ratio.median():.3f}', sep='\n')
@@ -111,7 +112,7 @@ def main():
     what = p.add_mutually_exclusive_group(required=True)
     for f in (real, speed, memory): what.add_argument(f'--{f.__name__}', dest='run', action='store_const', const=f, help=f.__doc__)
     p.add_argument('--work', type=Path, default=HERE.parent / 'runs' / 'resnet18', help='run folder of --real')
-    p.add_argument('--faults', type=int, default=8000, help='of --speed')
+    p.add_argument('--faults', type=int, default=24000, help='of --speed')
     p.add_argument('--rounds', type=int, default=3, help='of --speed')
     p.add_argument('--out', type=Path, default=FOLDER, help='where tables go')
     a = p.parse_args()

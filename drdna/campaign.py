@@ -306,6 +306,7 @@ def manifest(self:Campaign) -> dict:
             'functions': [f'{f.__module__}.{f.__qualname__}' if hasattr(f, '__qualname__') else type(f).__qualname__ for f in (s.forward, s.criterion)],
             'chunk': self.chunk, 'units': len(self.units), 'environment': environment(s.model)}
 
+# %% ../nbs/09b_campaign.ipynb #5971caee
 def read_manifest(folder:Path) -> dict:
     "The manifest of a run folder; raises `ValueError` naming file and field, `FileNotFoundError` if there is none"
     path = folder / 'manifest.json'

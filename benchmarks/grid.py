@@ -26,6 +26,7 @@ from drdna.data_model import cifar10_splits, loader, trained_resnet18, trained_v
 from drdna.detection import RULES, DrDNA, collect_clean, judge, threshold
 from drdna.engine import run
 from drdna.injection import channel, draw_neurons, draw_weights, flip, parameter_places, row, sign, stuck_at, uniform
+from drdna.leaderboard import CELL, OUT_OF_RANGE
 from drdna.profiling import profile
 from drdna.sentinel import Sentinel
 
@@ -54,8 +55,6 @@ def draw(model, here, target, kind, n, seed, images) -> pd.DataFrame:
              for k, m in enumerate(models) if (share := len(range(k, n, len(models))))]
     faults = pd.concat(parts, ignore_index=True)
     return faults.assign(image=number(faults) * (1 if target == 'neuron' else 100) % images)
-
-OUT_OF_RANGE = 'exponent MSB', 'U(±100)', 'U(±1000)'
 
 class Batches:
     "Images in batches of 100, in some precision"
@@ -96,7 +95,7 @@ def settings() -> dict: # Name to `(k, bins, lam, rule)`
     return res | {f'Dr. DNA {n}, per_layer, {b} bins': (32, b, lams[n], 'per_layer') for n in ('all', 'τ2') for b in (5, 20, 40)}
 
 SITES = FOLDER / 'sites.csv'  # from sites.py
-SHARES = .01, .02, .04  # of an inference at a batch of 32, as sites.py reckons it
+SHARES = .01, .02, .04, .08  # of an inference at a batch of 32, as sites.py reckons it
 
 def sentinels(network, model, batch) -> dict:
     "Sentinels of the picks that sites.py chose for a network, up to a share of an inference"
@@ -153,7 +152,6 @@ class Bench:
 
 # ---------------------------------------------------------------- find faults that make SDCs
 
-CELL = ['network', 'dtype', 'target', 'kind', 'third']
 CLUSTERS = 100  # different faults that a full cell of weights has: with fewer, Wilson's lower bound of "all seen" stays below 96 %
 
 class Net:

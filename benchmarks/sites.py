@@ -10,35 +10,35 @@ import argparse, time
 import numpy as np, pandas as pd, torch
 
 from drdna.baselines import fit_detectors
-from drdna.core import layers
 from drdna.data_model import cifar10_splits, normalize, sample
 from drdna.detection import collect_clean
-from drdna.sentinel import LOOKS, Sentinel, checks, choose, price, sizes
+from drdna.sentinel import Sentinel, choose, offers, price, sizes
 
 from grid import NETWORKS, PORTION, SITES, Batches, Net, draw, kinds, number, thirds
 
 CHOOSING = 'exponent MSB', 'U(±100)', 'U(±1000)', 'U(±10)', 'zeroed channel'
+ENOUGH, FEWEST = 60, 20  # SDCs of a group; a group with fewer does not count
 
-def everything(net) -> Sentinel:
-    "All looks and all checks of a network"
-    first = next(iter(net.test))
-    looks = [(w, l.name) for l in layers(net.model, first, want=lambda m: True) for w in LOOKS]
-    return Sentinel(net.model, first, looks + [('check', n) for n in checks(net.model, first)])
-
-def groups(net, det, images, n) -> dict: # (kind, target, third) to the deviations of its SDCs
-    "What SDCs look like, of n portions of faults each"
+def groups(net, det, images, portions) -> dict: # (kind, target, third) to the deviations of its SDCs
+    "What SDCs look like: of each group enough, or what so many portions of faults give"
     res = {}
     for i, kind in enumerate(CHOOSING):
         for target in PORTION:
             for third, here in enumerate(thirds(net.found)):
-                faults = draw(net.model, here, target, kinds(net.dtype)[kind], n * PORTION[target], 10**8 + 10**6 * i + 10**5 * third, len(images.dataset))
-                t = net.run(faults, images, desc=f'{kind}, {target}, {third}').table
-                bad = faults[number(faults).isin(t.fault[t.outcome == 'SDC'])]
-                if bad.empty: continue
-                r = net.run(bad, images, observers={'x': det}, desc='look')
-                seen = r.faulty['x'][torch.tensor((r.table.outcome == 'SDC').to_numpy())]
-                if len(seen) >= 20: res[kind, target, third] = det.deviations(seen)
+                seen, seed = [], 10**8 + 10**6 * i + 10**5 * third
+                while len(seen) < portions and sum(map(len, seen)) < ENOUGH:
+                    faults = draw(net.model, here, target, kinds(net.dtype)[kind], 2 * PORTION[target], seed + 10**4 * len(seen), len(images.dataset))
+                    seen.append(look(net, det, images, faults))
+                if sum(map(len, seen)) >= FEWEST: res[kind, target, third] = torch.cat(seen)
     return res
+
+def look(net, det, images, faults) -> torch.Tensor: # One row per SDC
+    "Deviations of the SDCs that these faults make"
+    t = net.run(faults, images, desc='find').table
+    bad = faults[number(faults).isin(t.fault[t.outcome == 'SDC'])]
+    if bad.empty: return torch.empty(0, len(det.picks))
+    r = net.run(bad, images, observers={'x': det}, desc='look')
+    return det.deviations(r.faulty['x'][torch.tensor((r.table.outcome == 'SDC').to_numpy())])
 
 @torch.inference_mode()
 def bare(model, batch) -> float: # Microseconds
@@ -52,17 +52,18 @@ def chosen(network, portions, share, batch) -> pd.DataFrame:
     "The picks of one network"
     net, train = Net(network, 'float32'), cifar10_splits()['train']
     fit, clean, struck = (Batches(s, torch.float32) for s in (train[:1000], train[1000:3000], train[3000:3400]))
-    det = fit_detectors(net.model, fit, {'x': everything(net)})['x']
+    first = next(iter(net.test))
+    det = fit_detectors(net.model, fit, {'x': Sentinel(net.model, first, offers(net.model, first))})['x']
     seen = groups(net, det, struck, portions)
-    heads, size, us = {det.layers[r.tail].name: det.layers[r.head].name for r in det.relations}, sizes(net.model, next(iter(net.test))), bare(net.model, batch)
-    t = choose(det.picks, det.deviations(collect_clean(net.model, clean, {'x': det})['x']), seen, lambda p: price(p, heads, size, batch), share * us)
+    size, us = sizes(net.model, first), bare(net.model, batch)
+    t = choose(det.picks, det.deviations(collect_clean(net.model, clean, {'x': det})['x']), seen, lambda p: price(p, det.heads, size, batch), share * us)
     return t.assign(network=network, added=t.cost / us, groups=len(seen), sdcs=sum(map(len, seen.values())))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=NETWORKS)
-    p.add_argument('--portions', type=int, default=2, help='faults per group, in portions of the grid')
-    p.add_argument('--share', type=float, default=.08, help='where the choice ends, as a share of an inference')
+    p.add_argument('--portions', type=int, default=6, help='at most so many faults per group, in twice the portions of the grid')
+    p.add_argument('--share', type=float, default=.1, help='where the choice ends, as a share of an inference')
     p.add_argument('--batch', type=int, default=32)
     p.add_argument('--threads', type=int, default=1)
     a = p.parse_args()

@@ -43,7 +43,7 @@ class LayerDetector:
     def statistic(self, records:Tensor) -> Tensor: # `(N, L)`
         "How unusual each layer looks; a statistic that is not finite is as unusual as can be"
         s = self.judge_layers(records)
-        return torch.where(s.isfinite(), s, torch.inf)
+        return s.nan_to_num(torch.inf, torch.inf, torch.inf)
 
 # %% ../nbs/06_baselines.ipynb #48d48a2e
 class Standardised(LayerDetector):

@@ -6,9 +6,9 @@ Docs: https://drdna.github.io/drdna/core.html.md"""
 
 # %% auto #0
 __all__ = ['PHASES', 'call_model', 'device_of', 'to_device', 'undisturbed', 'tensors', 'get_item', 'put_item', 'Layer',
-           'logical_shape', 'is_monitored', 'child_free', 'layers', 'batch_tensors', 'draw_sites', 'coordinates',
-           'read_sites', 'Cohort', 'Call', 'view', 'unview', 'Tap', 'at_call', 'has_hooks', 'is_tapped', 'mitigate',
-           'Recorder', 'structure', 'weights_hash', 'replace_file']
+           'channel_axis', 'logical_shape', 'is_monitored', 'child_free', 'layers', 'batch_tensors', 'draw_sites',
+           'coordinates', 'read_sites', 'Cohort', 'Call', 'view', 'unview', 'Tap', 'at_call', 'has_hooks', 'is_tapped',
+           'mitigate', 'Recorder', 'structure', 'weights_hash', 'replace_file']
 
 # %% ../nbs/00_core.ipynb #8eff5e04
 import copy, hashlib, math, os, threading, weakref
@@ -107,6 +107,11 @@ class Layer:
 
     @property
     def size(self) -> int: return math.prod(self.shape) # Neurons of one sample
+
+def channel_axis(layer:Layer) -> int:
+    "0 where channels come first (convolution, batch norm, …), -1 where they come last (linear, layer norm, attention)"
+    first = any(w in layer.kind for w in ('Conv', 'BatchNorm', 'GroupNorm', 'InstanceNorm')) or layer.kind.endswith(('1d', '2d', '3d'))
+    return 0 if first else -1
 
 # %% ../nbs/00_core.ipynb #143b15f5
 def logical_shape(
@@ -257,7 +262,7 @@ class Call(NamedTuple):
 # %% ../nbs/00_core.ipynb #078da0bb
 def view(layer:Layer, out) -> Tensor: # `(N, *layer.shape)`
     "The layer's value in its logical shape; raises `ValueError` if the network runs at another shape than in the dry run"
-    x = get_item(out, layer.item)
+    x = get_item(out, layer.item) if layer.item else out
     if layer.batch_dim: x = x.movedim(layer.batch_dim, 0)
     if layer.groups > 1 and x.shape[0] % layer.groups == 0: x = x.unflatten(0, (-1, layer.groups))
     if x.shape[1:] != layer.shape:
@@ -284,18 +289,25 @@ class _Mine:
 class _Hook:
     "The one forward hook of a tapped module; runs its taps in the order of their phases"
     def __init__(self, module):
-        self.taps, self.count, self.several = (), _Mine(), False
+        self.routes, self.count, self.several = (), _Mine(), False
         self.handle = module.register_forward_hook(self, with_kwargs=True)
 
     def __deepcopy__(self, memo): return self  # a copied network is another one, which nobody has tapped
 
     def __call__(self, module, args, kwargs, out):
         n = self._next() if self.several else 1
-        for tap in self.taps:
-            calls = tap.calls.get(module) # nothing, if another thread has just closed the tap
-            layer = calls and calls.get(n if tap.counts[module] else 1)
+        for tap, counts, calls in self.routes:
+            layer = calls.get(n if counts else 1)
             if layer: out = tap.run(Call(layer, module, args, kwargs), out)
         return out
+
+    def post(self, module, taps):
+        "Run these taps from now on; what each call would look up is looked up once, here"
+        self.routes = tuple((t, t.counts[module], t.calls[module]) for t in sorted(taps, key=lambda t: PHASES.index(t.phase)))
+        self.several = any(counts for _, counts, _ in self.routes)
+
+    @property
+    def taps(self) -> list: return [tap for tap, *_ in self.routes]
 
     def _next(self):
         self.count.set(n := self.count.get(0) + 1)
@@ -308,14 +320,13 @@ def _attach(module, tap):
     with _lock:
         hook = _hooks.get(module)
         if hook is None: hook = _hooks[module] = _Hook(module)
-        hook.taps = tuple(sorted((*hook.taps, tap), key=lambda t: PHASES.index(t.phase)))
-        hook.several |= tap.counts[module]
+        hook.post(module, [*hook.taps, tap])
 
 def _detach(module, tap):
     with _lock:
         hook = _hooks[module]
-        hook.taps = tuple(t for t in hook.taps if t is not tap)
-        if not hook.taps: _hooks.pop(module).handle.remove()
+        hook.post(module, [t for t in hook.taps if t is not tap])
+        if not hook.routes: _hooks.pop(module).handle.remove()
 
 # %% ../nbs/00_core.ipynb #6087d7fd
 class Tap:
@@ -341,18 +352,23 @@ class Tap:
 
     def __deepcopy__(self, memo): return self
 
-    def run(self, call, out):
-        new = self.fn(view(call.layer, out), call)
-        return out if new is None or self.phase == 'observe' else put_item(out, call.layer.item, unview(call.layer, new))
+# %% ../nbs/00_core.ipynb #fd21e8f5
+@patch
+def run(self:Tap, call, out):
+    new = self.fn(view(call.layer, out), call)
+    return out if new is None or self.phase == 'observe' else put_item(out, call.layer.item, unview(call.layer, new))
 
-    def close(self):
-        "Leave the model as it was before; closing twice is fine"
-        if self.root is not None: self.root.remove()
-        for module in self.calls: _detach(module, self)
-        self.calls, self.several, self.root = {}, [], None
+@patch
+def close(self:Tap):
+    "Leave the model as it was before; closing twice is fine"
+    if self.root is not None: self.root.remove()
+    for module in self.calls: _detach(module, self)
+    self.calls, self.several, self.root = {}, [], None
 
-    def __enter__(self): return self
-    def __exit__(self, *exc): self.close()
+@patch
+def __enter__(self:Tap): return self
+@patch
+def __exit__(self:Tap, *exc): self.close()
 
 # %% ../nbs/00_core.ipynb #7d51f253
 def _module(model, layer):
@@ -396,8 +412,7 @@ class Recorder(Tap):
         self.names, self.record, self.asleep = [l.name for l in layers], _Mine(), asleep
         place = {name: i for i, name in enumerate(self.names)}
         def note(x, call):
-            rows = self._rows()
-            if rows is None: return
+            if (rows := self._rows()) is None: return
             i = place[call.layer.name]
             rows[i] = fn(x.detach() if x.requires_grad else x, i, call)
         super().__init__(model, layers, note)
@@ -405,8 +420,11 @@ class Recorder(Tap):
     def start(self): self.record.set({}) # This thread records, and forgets what it had
     def sleep(self): self.record.set(None)
     def _rows(self):
-        if self.record.get() is None and not self.asleep: self.start()
-        return self.record.get()
+        rows = self.record.get()
+        if rows is None and not self.asleep:
+            self.start()
+            rows = self.record.get()
+        return rows
 
 # %% ../nbs/00_core.ipynb #aa87cc06
 @patch

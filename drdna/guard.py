@@ -40,7 +40,7 @@ class Guard(nn.Module):
         self.model, self.detector, self.threshold, self.info = model, detector, threshold, info or {}
         self.on_alarm, self.stop, self.closed, self.training = on_alarm, stop, False, model.training
         self._check()
-        self.numbers = _numbers(detector)
+        self.numbers, self.dtypes = _numbers(detector), [_DTYPES.get(l.dtype) for l in detector.layers]
         self.recorder = Recorder(model, detector.layers, self._stopper() if stop else self._observe, asleep=True)
 
     def forward(self, *args, **kwargs) -> tuple[object, Verdict]:
@@ -96,8 +96,8 @@ def _check(self:Guard):
 # %% ../nbs/08_guard.ipynb #c0823597
 @patch
 def _observe(self:Guard, x, i, call):
-    l = self.layers[i]
-    if x.dtype != _DTYPES.get(l.dtype) and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != self.dtypes[i] and not torch.is_autocast_enabled(x.device.type):
+        l = self.layers[i]
         raise ValueError(f'layer {l.name}: {x.dtype}, but the detector was fitted on {l.dtype}; fit it again')
     return self.detector.observe(x, i, call)
 
@@ -237,7 +237,7 @@ def calibrate(self:Guard,
 
 # %% ../nbs/08_guard.ipynb #7671f1b9
 _REAL = (torch.float32, torch.float64)
-_KINDS = { # What a file may name, and the shapes of what that learns, if it does not say so itself; L layers, D values of the first one, P parts, F picks
+_KINDS = { # What a file may name, and the shapes of what that learns, if it does not say so itself; L layers, D values of the first one, P parts, F features
     DrDNA: {}, NonFinite: {}, Doubt: {},
     Range: {'lo': 'L', 'hi': 'L'},
     Extremes: {'mean': ('L', 3), 'sd': ('L', 3)},
@@ -265,7 +265,7 @@ def _made(f, make):
 
 def _learnt(d, f):
     "The detector with what it learnt"
-    size = {'L': len(d.layers), 'D': d.layers[0].size, 'P': len(getattr(d, 'parts', ())), 'F': len(getattr(d, 'picks', ()))}
+    size = {'L': len(d.layers), 'D': d.layers[0].size, 'P': len(getattr(d, 'parts', ())), 'F': len(getattr(d, 'place', ()))}
     for n, shape in _KINDS[type(d)].items(): setattr(d, n, f.array(n, _REAL, tuple(size.get(s, s) for s in shape)))
     return d
 
@@ -355,7 +355,7 @@ def state(self:Sentinel):
 @patch(cls_method=True)
 def from_state(cls:Sentinel, f:Fields):
     layers, d = unpack_layers(f, sites=False)[0], cls.__new__(cls)
-    looks = f.get('looks', list, ok=lambda v: len(v) == len(layers) and all(isinstance(w, list) and w == [k for k in LOOKS if k in w] for w in v))
+    looks = f.get('looks', list, ok=lambda v: len(v) == len(layers) and all(isinstance(w, dict) and [*w] == [k for k in LOOKS if k in w] and all(type(n) is int and n > 0 for n in w.values()) for w in v))
     relations = _relations(f, layers, False)
     if {i for i, w in enumerate(looks) if w}.union(*((r.head, r.tail) for r in relations)) != {*range(len(layers))}: f.fail('looks', 'leave a layer at which nothing is watched')
     d._post(layers, relations, dict(enumerate(looks)))

@@ -6,8 +6,8 @@ Docs: https://drdna.github.io/drdna/injection.html.md"""
 
 # %% auto #0
 __all__ = ['COLUMNS', 'bits_of', 'Masks', 'masks', 'apply_masks', 'error_model', 'flip', 'flips', 'burst', 'stuck_bit', 'sign',
-           'random_bits', 'stuck_at', 'uniform', 'noise', 'outside', 'value_class', 'Grid', 'channel_axis', 'pattern',
-           'point', 'same_row', 'bullet_wake', 'block', 'channel', 'shattered_channel', 'scattered', 'Place', 'strike',
+           'random_bits', 'stuck_at', 'uniform', 'noise', 'outside', 'value_class', 'Grid', 'pattern', 'point',
+           'same_row', 'bullet_wake', 'block', 'channel', 'shattered_channel', 'scattered', 'Place', 'strike',
            'draw_neurons', 'parameter_places', 'draw_weights', 'stored_places', 'row', 'column', 'draw_runs',
            'draw_rate', 'repeat_fault', 'fault_ids', 'check_faults', 'masks_of', 'Struck', 'strikes', 'NeuronFaults',
            'weight_faults', 'written', 'other_class', 'outcomes', 'class_flags']
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from torch import Tensor, nn
 
-from .core import Layer, Tap, coordinates, device_of, is_monitored
+from .core import Layer, Tap, channel_axis, coordinates, device_of, is_monitored
 
 # %% ../nbs/04_injection.ipynb #175f0232
 _INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -191,11 +191,6 @@ class Grid(NamedTuple):
     "A tensor as channels × rows × columns"
     index: np.ndarray # `(C, H, W)`: the flat index of each place
     at: tuple # `(c, h, w)` of the anchor
-
-def channel_axis(layer:Layer) -> int:
-    "0 where channels come first (convolution, batch norm, …), -1 where they come last (linear, layer norm, attention)"
-    first = any(w in layer.kind for w in ('Conv', 'BatchNorm', 'GroupNorm', 'InstanceNorm')) or layer.kind.endswith(('1d', '2d', '3d'))
-    return 0 if first else -1
 
 def _grid(shape, axis, index):
     flat = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), axis, 0)

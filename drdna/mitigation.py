@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from .core import Call, Layer, Recorder, Tap, call_model, device_of, structure, to_device, undisturbed, view
+from .core import Call, Layer, Recorder, Tap, call_model, channel_axis, device_of, structure, to_device, undisturbed, view
 from .detection import Verdict, judge
-from .injection import _stored, bits_of, channel_axis
+from .injection import _stored, bits_of
 from .profiling import Profile
 
 # %% ../nbs/07_mitigation.ipynb #a00a892a

@@ -61,8 +61,8 @@ def real(a):
         took = dict(seconds=time.perf_counter() - start, peak_mb=peak())
         if made := results(a.work) - before: append(a.out / 'campaign-sessions.csv', dict(results=made) | took)
     t, found = rates(runs), runs.detection()
-    t.to_csv(a.out / 'campaign.csv', index=False, float_format='%.6g')
-    found.to_csv(a.out / 'campaign-detection.csv', index=False, float_format='%.6g')
+    t.to_csv(a.out / 'campaign.csv', index=False, float_format='%.6f')
+    found.to_csv(a.out / 'campaign-detection.csv', index=False, float_format='%.6f')
     print(pd.read_csv(a.out / 'campaign-sessions.csv').to_string(), t[t.layer == 'all'].to_string(), found.to_string(), sep='\n\n')
 
 # ---------------------------------------------------------------- two workers

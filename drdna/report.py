@@ -61,7 +61,7 @@ def vulnerability(
 def plot_vulnerability(t:pd.DataFrame, by:str) -> Figure: # `by` is `layer` or `bit`
     "Rates of `vulnerability` with intervals, one panel per population"
     groups = list(t.groupby('population', sort=False))
-    fig, axs = axes(2.4 * len(groups), rows=len(groups), squeeze=False)
+    fig, axs = axes((3 if by == 'layer' else 2.4) * len(groups), rows=len(groups), squeeze=False)
     for ax, (name, g) in zip(axs[:, 0], groups):
         places = {p: i for i, p in enumerate(g[by].unique())}
         for k, (outcome, o) in enumerate(g.groupby('outcome', sort=False)):

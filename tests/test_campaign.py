@@ -72,6 +72,10 @@ def test_detection_is_that_of_the_table(whole):
     p = 'neuron stuck_at() channel()'  # one stratum: the plain share
     assert found.n[p, 'range', 'SDC'] > 0 and found.recall[p, 'range', 'SDC'] == pytest.approx(found.net[p, 'range', 'SDC'] / found.n[p, 'range', 'SDC'])
 
+def test_rates_of_no_domain_have_columns(whole):
+    t = whole.rates(['SDC'], 'layer', whole.counts[:0])
+    assert t.empty and list(t) == ['population', 'layer', 'outcome', *cp.RATE]
+
 def test_a_filtered_list_gives_the_same_rows(campaign, whole, tmp_path):
     t = whole.table
     keep = t.fault[(t['look'] > 0) | (t.target == 'weight') & (t.bit > 25)].unique()  # stored faults go round the end of the inputs, too

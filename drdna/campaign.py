@@ -355,8 +355,8 @@ def bind(self:Campaign, folder:Path) -> dict: # The manifest
 def run(self:Campaign,
     folder:str|Path, # Where results are kept; made if it does not exist
     executor:Executor|None=None, # Who computes; default: this process
-) -> 'Results':
-    "Run what is not done yet; raises `ValueError` if the folder belongs to another campaign, `BlockingIOError` if another process runs there, `ChildProcessError` if a worker was lost for good"
+):
+    "Run what is not done yet and give the `Results`; raises `ValueError` if the folder belongs to another campaign, `BlockingIOError` if another process runs there, `ChildProcessError` if a worker was lost for good"
     folder = Path(folder)
     with claimed(folder), one_thread():
         run_id = fingerprint(self.bind(folder))

@@ -36,20 +36,20 @@ CHOICES = {'target': ('neuron', 'weight', 'bias', 'buffer'), 'model': tuple(ERRO
 @dataclass(frozen=True)
 class Population:
     "One target under one error model, and how it is sampled; raises `ValueError` naming a wrong field"
-    target: str = 'neuron' # `neuron`, `weight`, `bias` or `buffer`
-    model: str = 'flip' # Error model, one of `ERRORS`
+    target: str = 'neuron' # What is struck: neurons, or stored tensors of a kind
+    model: str = 'flip' # Error model
     params: dict = field(default_factory=dict) # Its parameters, such as `{lo = -10.0, hi = 10.0}`
     bits: tuple = () # For `flip` and `stuck_bit`: the bits, all equally likely; default: every bit
-    pattern: str = 'point' # Which places around the drawn one are struck, one of `PATTERNS`
+    pattern: str = 'point' # Which places around the drawn one are struck
     spread: dict = field(default_factory=dict) # The pattern's parameters, such as `{k = 3}`
     layers: tuple = ('*',) # Names of layers (or of stored tensors, or of their modules); `*` stands for anything
     dtype: str = 'float32' # Of what is struck; a network with another is refused
-    strata: tuple = () # Split by `layer`, by `bit`, by both or not
-    allocation: str = 'proportional' # How faults are dealt to strata: `proportional`, `equal` or `neyman`
+    strata: tuple = () # Split by `layer`, by `bit`, by both or not at all
+    allocation: str = 'proportional' # How faults are dealt to strata
     n: int = 0 # How many faults; 0: as many as `margin` or `relative` takes
     margin: float = 0. # Wanted half-width of the interval
     relative: float = 0. # Wanted half-width as a share of the rate
-    per: str = 'population' # Whether `n`, `margin` or `relative` is meant for the whole `population` or for each `stratum`
+    per: str = 'population' # What `n`, `margin` or `relative` is meant for: all of it, or each stratum
     expected: float = 0.5 # Rate that a size is computed for; 0.5 is the worst case
     looks: tuple = () # Sequential: look after so many faults, and stop as soon as the interval is narrow enough
     pilot: dict = field(default_factory=dict) # For `neyman`: SDC rate of each stratum in a pilot, frozen
@@ -58,11 +58,14 @@ class Population:
         for k in ('bits', 'layers', 'strata', 'looks'):
             if isinstance(getattr(self, k), list): object.__setattr__(self, k, tuple(getattr(self, k)))
         check_population(self)
-    def __str__(self):
-        "A short name: what differs from the usual"
-        given = [f'{k}={v}' for k, v in self.params.items()] + [f'bits={_span(self.bits)}'] * bool(self.bits)
-        more = [self.pattern + f'({", ".join(f"{k}={v}" for k, v in self.spread.items())})'] * (self.pattern != 'point') + [f'in {", ".join(self.layers)}'] * (self.layers != ('*',))
-        return ' '.join([self.target, f'{self.model}({", ".join(given)})', *more])
+
+# %% ../nbs/09_plan.ipynb #8b57ad41
+@patch
+def __str__(self:Population) -> str:
+    "A short name: what differs from the usual"
+    given = [f'{k}={v}' for k, v in self.params.items()] + [f'bits={_span(self.bits)}'] * bool(self.bits)
+    more = [self.pattern + f'({", ".join(f"{k}={v}" for k, v in self.spread.items())})'] * (self.pattern != 'point') + [f'in {", ".join(self.layers)}'] * (self.layers != ('*',))
+    return ' '.join([self.target, f'{self.model}({", ".join(given)})', *more])
 
 def _span(bits): return f'{bits[0]}–{bits[-1]}' if len(bits) > 2 and list(bits) == list(range(bits[0], bits[-1] + 1)) else ', '.join(map(str, bits))
 
@@ -147,6 +150,7 @@ def to_toml(self:Plan) -> str:
     parts = [['version = 1', *_lines(self)], *(['', '[[population]]', f'target = {_toml(p.target)}', *(l for l in _lines(p) if not l.startswith('target = '))] for p in self.population)]
     return '\n'.join(l for part in parts for l in part) + '\n'
 
+# %% ../nbs/09_plan.ipynb #7af344d2
 def _made(cls, given, where):
     "An object of a table, if all its fields are known"
     known = [f.name for f in fields(cls)]
@@ -181,6 +185,7 @@ def find_places(
     targets = dict.fromkeys(p.target for p in plan.population)
     return {t: inj._places(find_layers(model, batch, forward=forward)) if t == 'neuron' else parameter_places(model, t) for t in targets}
 
+# %% ../nbs/09_plan.ipynb #049a24fd
 @dataclass(frozen=True)
 class Stratum:
     "A part of a population"
@@ -304,6 +309,7 @@ def _sample(p:Population, s:Stratum, n:int, seed:int, images:int) -> pd.DataFram
     t = pd.concat(parts).sort_values('order', kind='stable')
     return t.assign(image=image[t.order], population=str(p), stratum=s.name, size=s.size, p=n / s.size)
 
+# %% ../nbs/09_plan.ipynb #cd49f8d0
 @patch
 def draw(self:Plan, places:dict) -> pd.DataFrame: # One struck scalar a row, with the columns of `SCHEMA`
     "The fault list of the plan"
@@ -360,19 +366,19 @@ def estimate(
     y:np.ndarray, # One per fault: 1 or 0, or the share of its images
     stratum:np.ndarray, # Of each fault
     size:np.ndarray, # Members of that stratum
-    inside:np.ndarray|None=None, # bool, which faults belong to the domain; default: all
+    inside:np.ndarray|None=None, # Which faults belong to the domain, or with what share; default: all
     level:float=0.95, # Confidence
 ) -> dict: # `n, rate, se, lo, hi, total, total_se`; NaN without faults
     "Horvitz–Thompson total and rate of a stratified sample, with Korn and Graubard's interval"
-    t = pd.DataFrame({'y': np.asarray(y, float), 'h': np.asarray(stratum), 'N': np.asarray(size, float), 'd': True if inside is None else np.asarray(inside, bool)})
-    if not t.d.any(): return dict(n=0) | dict.fromkeys(('rate', 'se', 'lo', 'hi', 'total', 'total_se'), math.nan)
+    t = pd.DataFrame({'y': np.asarray(y, float), 'h': np.asarray(stratum), 'N': np.asarray(size, float), 'd': 1. if inside is None else np.asarray(inside, float)})
+    if not (t.d > 0).any(): return dict(n=0) | dict.fromkeys(('rate', 'se', 'lo', 'hi', 'total', 'total_se'), math.nan)
     n = t.groupby('h').y.transform('size')
     w, open = t.N / n * t.d, 1 - n / t.N
     r = float((w * t.y).sum() / w.sum())
     def var(z): return float((open * n / (n - 1).clip(lower=1) * (z - z.groupby(t.h).transform('mean'))**2).sum())
     v, most = var(w * (t.y - r)) / w.sum()**2, w.sum()**2 / max((w**2 * open).sum(), 1e-300)  # trials that the weights are worth (Kish), if all strata were alike
-    lo, hi = _korn_graubard(r, min(r * (1 - r) / v, most) if v > 0 else most, level) if (open[t.d] > 0).any() else (r, r)
-    return dict(n=int(t.d.sum()), rate=r, se=math.sqrt(v), lo=lo, hi=hi, total=r * float(w.sum()), total_se=math.sqrt(var(w * t.y)))
+    lo, hi = _korn_graubard(r, min(r * (1 - r) / v, most) if v > 0 else most, level) if (open[t.d > 0] > 0).any() else (r, r)
+    return dict(n=int((t.d > 0).sum()), rate=r, se=math.sqrt(v), lo=lo, hi=hi, total=r * float(w.sum()), total_se=math.sqrt(var(w * t.y)))
 
 def _korn_graubard(r, n, level):
     "Clopper and Pearson's interval for n trials, which need not be whole"
@@ -409,6 +415,7 @@ def write_faults(faults:pd.DataFrame, path:str|Path):
     elif path.suffix == '.csv': replace_file(path, lambda p: p.write_text(f'# {_HEAD}\n{faults.to_csv(index=False)}', encoding='utf-8'))
     else: raise ValueError(f'{path}: fault lists are .parquet or .csv files')
 
+# %% ../nbs/09_plan.ipynb #2648600f
 def _read_table(path) -> tuple[str, pd.DataFrame]: # What it says it is, and its columns
     if path.suffix == '.parquet':
         import pyarrow.parquet as pq

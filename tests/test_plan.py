@@ -41,16 +41,17 @@ def test_what_a_plan_accepts_comes_back_from_toml(fields):
     assert Plan.from_toml(plan.to_toml()) == plan
 
 @pytest.mark.parametrize('suffix', ['csv', 'parquet'])
-def test_a_damaged_fault_list_is_refused_in_words(faults, tmp_path_factory, suffix):
+@settings(max_examples=100, deadline=None)
+@given(at=st.floats(0, 1, exclude_max=True), junk=st.binary(max_size=4), cut=st.sampled_from([0, 1, 9, 10**6]))
+def test_a_damaged_fault_list_is_refused_in_words(faults, tmp_path_factory, suffix, at, junk, cut):
     path = tmp_path_factory.mktemp('lists') / f'faults.{suffix}'
     write_faults(faults, path)
-    whole, rng = path.read_bytes(), np.random.default_rng(0)
-    for _ in range(60):
-        at = int(rng.integers(len(whole)))
-        path.write_bytes(whole[:at] + (bytes([int(rng.integers(256))]) + whole[at + 1:] if rng.random() < .7 else b''))
-        try: got = read_faults(path)
-        except ValueError as e: assert path.name in str(e)
-        else: assert list(got) == list(faults)  # a digit may become another digit
+    whole = path.read_bytes()
+    at = int(at * len(whole))
+    path.write_bytes(whole[:at] + junk + whole[at + cut:])
+    try: got = read_faults(path)
+    except ValueError as e: assert path.name in str(e)
+    else: assert {*faults} <= {*got}  # a digit may become another digit, a comma make a column of the reader's own
 
 def test_a_missing_list_and_a_strange_suffix(faults, tmp_path):
     with pytest.raises(FileNotFoundError): read_faults(tmp_path / 'none.csv')

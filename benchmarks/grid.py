@@ -95,13 +95,13 @@ def settings() -> dict: # Name to `(k, bins, lam, rule)`
     return res | {f'Dr. DNA {n}, per_layer, {b} bins': (32, b, lams[n], 'per_layer') for n in ('all', 'τ2') for b in (5, 20, 40)}
 
 SITES = FOLDER / 'sites.csv'  # from sites.py
-SHARES = .01, .02, .04, .08  # of an inference at a batch of 32, as sites.py reckons it
+SENTINELS = {'sentinel, 1%': ('out of range', .01), 'sentinel, 2%': ('out of range', .02), 'sentinel, 4%': ('out of range', .04), 'sentinel for all, 2%': ('all', .02)}  # aim, and share of an inference at a batch of 32, as sites.py reckons it
 
 def sentinels(network, model, batch) -> dict:
     "Sentinels of the picks that sites.py chose for a network, up to a share of an inference"
     t = pd.read_csv(SITES).query('network == @network')
-    picks = lambda share: list(t[t.added <= share][['what', 'layer']].itertuples(index=False, name=None))
-    return {f'sentinel, {s:.0%}': Sentinel(model, batch, picks(s)) for s in SHARES}
+    picks = lambda aim, share: list(t[(t.aim == aim) & (t.added <= share)][['what', 'layer']].itertuples(index=False, name=None))
+    return {name: Sentinel(model, batch, picks(*how)) for name, how in SENTINELS.items()}
 
 def rivals(network, model, batch, found) -> dict:
     "Everything but Dr. DNA, not fitted yet"

@@ -354,8 +354,9 @@ def state(self:Sentinel):
 
 @patch(cls_method=True)
 def from_state(cls:Sentinel, f:Fields):
-    layers, d = unpack_layers(f, sites=False)[0], cls.__new__(cls)
-    looks = f.get('looks', list, ok=lambda v: len(v) == len(layers) and all(isinstance(w, dict) and [*w] == [k for k in LOOKS if k in w] and all(type(n) is int and n > 0 for n in w.values()) for w in v))
+    layers, d, most = unpack_layers(f, sites=False)[0], cls.__new__(cls), f.array('mean', _REAL, (None,)).numel()
+    sound = lambda w: isinstance(w, dict) and [*w] == [k for k in LOOKS if k in w] and all(type(n) is int and 0 < n <= most for n in w.values())
+    looks = f.get('looks', list, ok=lambda v: len(v) == len(layers) and all(map(sound, v)))
     relations = _relations(f, layers, False)
     if {i for i, w in enumerate(looks) if w}.union(*((r.head, r.tail) for r in relations)) != {*range(len(layers))}: f.fail('looks', 'leave a layer at which nothing is watched')
     d._post(layers, relations, dict(enumerate(looks)))

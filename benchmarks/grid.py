@@ -47,18 +47,18 @@ def kinds(dtype) -> dict: # Name to error models that take turns, pattern in neu
             'U(±10)': value(uniform(lo=-10, hi=10)), 'U(±100)': value(uniform(lo=-100, hi=100)), 'U(±1000)': value(uniform(lo=-1000, hi=1000)),
             'zeroed channel': ([stuck_at(value=0.)], channel(), row()), 'stuck at 0': value(stuck_at(value=0.))}
 
-def draw(model, here, target, kind, n, seed, images) -> pd.DataFrame:
-    "n faults in the layers `here`; a neuron fault on one image, a weight fault on the hundred of one batch"
+def draw(model, here, target, kind, n, seed, images, struck=100) -> pd.DataFrame:
+    "n faults in the layers `here`; a neuron fault on one image, a weight fault on as many as are `struck`, a batch"
     models, in_neurons, in_weights = kind
     owned = [p.name for p in parameter_places(model) if p.name.rpartition('.')[0] in {l.path for l in here}] if target == 'weight' else None
     parts = [draw_neurons(here, share, m, seed + k, in_neurons) if target == 'neuron' else draw_weights(model, share, m, seed + k, in_weights, names=owned)
              for k, m in enumerate(models) if (share := len(range(k, n, len(models))))]
     faults = pd.concat(parts, ignore_index=True)
-    return faults.assign(image=number(faults) * (1 if target == 'neuron' else 100) % images)
+    return faults.assign(image=number(faults) * (1 if target == 'neuron' else struck) % images)
 
 class Batches:
-    "Images in batches of 100, in some precision"
-    def __init__(self, data, dtype): self.batches, self.dtype, self.dataset = loader(data), dtype, data
+    "Images in batches, in some precision"
+    def __init__(self, data, dtype, size=100): self.batches, self.dtype, self.dataset = loader(data, size), dtype, data
     def __len__(self): return len(self.batches)
     def __iter__(self): return ((x.to(self.dtype), y) for x, y in self.batches)
 

@@ -5,8 +5,8 @@ the 2,000 `evaluate` images. Repairs that are always on (clamp, zero, mean, re-r
 gives the bits of the whole network. Whatever answers an alarm (again, restore, ladder) is really executed, with one
 forward after the other: a transient fault strikes the first inference alone, a permanent one every inference and every
 layer's second run, a weight fault stays until it is restored. Two rows follow from others and are not executed:
-re-running a layer under a permanent neuron fault (the fault strikes again, so nothing changes), and `clamp first`, where
-clamping is always on and the ladder is climbed only if the detector objects to the clamped values.
+re-running a layer under a permanent neuron fault (the fault strikes again, so nothing changes), and `zero first`, where
+clipping to zero is always on and the ladder is climbed only if the detector objects to what that leaves.
 
     OMP_NUM_THREADS=1 python benchmarks/mitigation.py
 
@@ -45,16 +45,16 @@ def prepared() -> SimpleNamespace:
     repairs = {'clamp': partial(Restrict, model, p, clamp), 'zero': partial(Restrict, model, p, zero),
                'mean': partial(Restrict, model, p, to_mean(channel_means(model, sets['profile'], p.layers))), 're-run layer': partial(Rerun, model, p.layers, p.ranges)}
     b = SimpleNamespace(model=model, data=sets['evaluate'], labels=sample('evaluate').labels, p=p, det=det, t=t, repairs=repairs, golden=Golden(model))
-    b.guard, b.clamped = judged(model, det, t), judged(model, Repaired(det, p, clamp), t, repairs['clamp'])
+    b.guard, b.zeroed = judged(model, det, t), judged(model, Repaired(det, p, zero), t, repairs['zero'])
     return b
 
 def neuron_faults(layers, n):
     "n of each error model, the j-th on image j (mod 2,000): a batch carries one fault per sample and error model"
-    return [draw_neurons(layers, n, m, seed=20 + i).assign(image=np.arange(n) % 2000) for i, m in enumerate(NEURONS)]
+    return [draw_neurons(layers, n, m, seed=120 + i).assign(image=np.arange(n) % 2000) for i, m in enumerate(NEURONS)]
 
 def stored_faults(model, n):
     "n of each error model, each on all samples of one batch"
-    return [draw_weights(model, n, m, seed=30 + i).assign(image=BATCH * (np.arange(n) % 20)) for i, m in enumerate(WEIGHTS)]
+    return [draw_weights(model, n, m, seed=130 + i).assign(image=BATCH * (np.arange(n) % 20)) for i, m in enumerate(WEIGHTS)]
 
 # ---------------------------------------------------------------- executed, one forward after the other
 
@@ -69,7 +69,7 @@ def climb(b, x, first=nullcontext, always=nullcontext) -> dict:
     def start(x):
         with first(), always(): seen['none'] = out = b.guard(x)
         return out
-    ladder = Ladder(start, {'again': noted('again', b.guard), 'restore': noted('restore', restored(b.golden, b.guard)), 'clamp': noted('clamp', b.clamped)})
+    ladder = Ladder(start, {'again': noted('again', b.guard), 'restore': noted('restore', restored(b.golden, b.guard)), 'zero': noted('zero', b.zeroed)})
     y, v, rung = ladder(x)
     y0, v0 = seen['none']
     res = {'none': (y0, v0.alarm), 'ladder': (y, v.alarm), 'rung': rung}
@@ -105,27 +105,27 @@ def row(kind, model, rung, how, base, detected, golden, y, alarm) -> dict:
                 **rate(outcomes(y, golden) == 'SDC', base, 'residual'), due_left=int((outcomes(y, golden) == 'DUE').sum()),
                 cleared_k=int(cleared.sum()) if alarm is not None else math.nan, cleared_right_k=int((cleared & right).sum()) if alarm is not None else math.nan)
 
-def swept(b, lists) -> tuple: # `(Run, alarms, Run under clamp, its alarms)`
-    "What is always on, on fault lists: observed without a repair and under `clamp`, and then under all repairs"
+def swept(b, lists) -> tuple: # `(Run, alarms, Run under zero, its alarms)`
+    "What is always on, on fault lists: observed without a repair and under `zero`, and then under all repairs"
     faults = pd.concat(lists, ignore_index=True)
     watched = lambda det: run(b.model, b.data, faults, b.p.layers, {'x': det})
-    over = lambda z: (~(b.det.statistic(z.faulty['x']) <= b.t)).any(1)
+    over = lambda seen: (~(b.det.statistic(seen.faulty['x']) <= b.t)).any(1)
     r = watched(b.det)
-    with b.repairs['clamp'](): c = watched(Repaired(b.det, b.p, clamp))
-    more = run(b.model, b.data, faults, b.p.layers, repairs={n: f for n, f in b.repairs.items() if n != 'clamp'}).repaired
-    return replace(r, repaired=more), over(r), c, over(c)
+    with b.repairs['zero'](): z = watched(Repaired(b.det, b.p, zero))
+    more = run(b.model, b.data, faults, b.p.layers, repairs={n: f for n, f in b.repairs.items() if n != 'zero'}).repaired
+    return replace(r, repaired=more), over(r), z, over(z)
 
 def compared(b, lists, kind, sweep) -> pd.DataFrame:
     "All rungs on the fault lists of one kind, by error model and together"
-    r, detected, c, uneasy = sweep
+    r, detected, z, uneasy = sweep
     ex, golden = executed(b, lists, kind), r.outputs[torch.tensor(r.table.image.to_numpy())]
     assert torch.equal(r.answers.argmax(1), ex['none'][0].argmax(1)) and torch.equal(r.answers.isfinite(), ex['none'][0].isfinite())
     assert torch.equal(detected, ex['none'][1])
-    found = {n: ('sweep', z.answers, None) for n, z in {'none': r, 'clamp': c, **r.repaired}.items()}
+    found = {n: ('sweep', seen.answers, None) for n, seen in {'none': r, **r.repaired}.items()}
     if kind == 'permanent neuron': found['re-run layer'] = 'derived', r.answers, None
-    found['clamp'] = 'sweep', c.answers, uneasy.numpy()
+    found['zero'] = 'sweep', z.answers, uneasy.numpy()
     found |= {n: ('executed', ex[n][0], ex[n][1].numpy()) for n in ('again', 'restore', 'ladder')}
-    found['clamp first'] = 'derived', torch.where(uneasy[:, None], ex['ladder'][0], c.answers), (uneasy & ex['ladder'][1]).numpy()
+    found['zero first'] = 'derived', torch.where(uneasy[:, None], ex['ladder'][0], z.answers), (uneasy & ex['ladder'][1]).numpy()
     print(kind, 'rungs of the detected SDCs', pd.Series(ex['rung'].numpy()[(detected.numpy()) & (r.table.outcome == 'SDC')]).value_counts().to_dict(), flush=True)
     rows = []
     for model in ('all', *r.table.model.unique()):
@@ -174,7 +174,7 @@ def faulty(b, x, strike, repair):
 
 def climb_once(b, x, first=nullcontext, always=nullcontext, only=None):
     "The ladder as a user has it, or one rung of it"
-    rungs = {'again': b.guard, 'restore': restored(b.golden, b.guard), 'clamp': b.clamped}
+    rungs = {'again': b.guard, 'restore': restored(b.golden, b.guard), 'zero': b.zeroed}
     def start(x):
         with first(): return b.guard(x)
     with always(): return Ladder(start, {n: f for n, f in rungs.items() if only in (None, n)})(x)
@@ -207,7 +207,7 @@ def healed(b, n) -> tuple: # k, n
 def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument('--neurons', type=int, default=1400, help='neuron faults per error model, a multiple of 100')
-    a.add_argument('--weights', type=int, default=50, help='weight faults per error model')
+    a.add_argument('--weights', type=int, default=100, help='weight faults per error model')
     a.add_argument('--rounds', type=int, default=5, help='rounds of timing')
     a.add_argument('--out', type=Path, default=FOLDER)
     a = a.parse_args()

@@ -48,10 +48,10 @@ class LayerDetector:
 # %% ../nbs/06_baselines.ipynb #48d48a2e
 class Standardised(LayerDetector):
     "The largest deviation of what `reduce` gives from its clean mean, in clean standard deviations"
-    def learn(self, clean): self.mean, self.sd = clean.mean(0), clean.std(0) # `(L, R)` each
-    def judge_layers(self, records):
-        mean, sd = self.mean.to(records.device), self.sd.to(records.device)
-        return ((records - mean) / torch.where(sd > 0, sd, 1)).abs().amax(-1)
+    def learn(self, clean): self.mean, self.unit = clean.mean(0), self.unit_of(clean.std(0)) # `(L, R)` each
+    def unit_of(self, spread): return torch.where(spread > 0, spread, 1) # what never varies is measured as it is
+    def deviations(self, records): return ((records - self.mean.to(records.device)) / self.unit.to(records.device)).abs() # `(N, L, R)`
+    def judge_layers(self, records): return self.deviations(records).amax(-1)
 
 # %% ../nbs/06_baselines.ipynb #916fdae5
 def fit_detectors(

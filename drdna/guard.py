@@ -237,13 +237,13 @@ def calibrate(self:Guard,
 
 # %% ../nbs/08_guard.ipynb #7671f1b9
 _REAL = (torch.float32, torch.float64)
-_KINDS = { # What a file may name, and the shapes of what that learns, if it does not say so itself; L layers, D values of the first one, P parts, F features
+_KINDS = { # What a file may name, and the shapes of what that learns, if it does not say so itself; L layers, D values of the first one, P parts, F features of a layer
     DrDNA: {}, NonFinite: {}, Doubt: {},
     Range: {'lo': 'L', 'hi': 'L'},
-    Extremes: {'mean': ('L', 3), 'sd': ('L', 3)},
+    Extremes: {'mean': ('L', 3), 'unit': ('L', 3)},
     Mahalanobis: {'mean': 'D', 'inverse': 'DD'},
-    Checksum: {'mean': ('L', 1), 'sd': ('L', 1)},
-    Sentinel: {'mean': 'F', 'unit': 'F'},
+    Checksum: {'mean': ('L', 1), 'unit': ('L', 1)},
+    Sentinel: {'mean': 'LF', 'unit': 'LF'},
     Together: {'scale': 'P'}}
 
 @patch
@@ -265,7 +265,7 @@ def _made(f, make):
 
 def _learnt(d, f):
     "The detector with what it learnt"
-    size = {'L': len(d.layers), 'D': d.layers[0].size, 'P': len(getattr(d, 'parts', ())), 'F': len(getattr(d, 'place', ()))}
+    size = {'L': len(d.layers), 'D': d.layers[0].size, 'P': len(getattr(d, 'parts', ())), 'F': getattr(d, 'most', 0)}
     for n, shape in _KINDS[type(d)].items(): setattr(d, n, f.array(n, _REAL, tuple(size.get(s, s) for s in shape)))
     return d
 
@@ -350,16 +350,15 @@ def _relations(f:Fields, layers:list, everywhere:bool=True) -> list:
 @patch
 def state(self:Sentinel):
     arrays, meta = super(Sentinel, self).state()
-    return arrays, meta | {'looks': [self.looks[i] for i in range(len(self.layers))]}
+    return arrays, meta | {'looks': self.looks}
 
 @patch(cls_method=True)
 def from_state(cls:Sentinel, f:Fields):
-    layers, d, most = unpack_layers(f, sites=False)[0], cls.__new__(cls), f.array('mean', _REAL, (None,)).numel()
-    sound = lambda w: isinstance(w, dict) and [*w] == [k for k in LOOKS if k in w] and all(type(n) is int and 0 < n <= most for n in w.values())
-    looks = f.get('looks', list, ok=lambda v: len(v) == len(layers) and all(map(sound, v)))
+    layers, d = unpack_layers(f, sites=False)[0], cls.__new__(cls)
+    looks = f.get('looks', list, ok=lambda v: len(v) == len(layers) and all(isinstance(w, list) and w == [k for k in LOOKS if k in w] for w in v))
     relations = _relations(f, layers, False)
     if {i for i, w in enumerate(looks) if w}.union(*((r.head, r.tail) for r in relations)) != {*range(len(layers))}: f.fail('looks', 'leave a layer at which nothing is watched')
-    d._post(layers, relations, dict(enumerate(looks)))
+    d._post(layers, relations, looks)
     return _learnt(d, f)
 
 # %% ../nbs/08_guard.ipynb #2eaebe39

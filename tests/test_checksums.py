@@ -90,7 +90,7 @@ def test_made_within_inference_mode():
 def test_non_finite_values_are_abnormal():
     model, x = built('resnet')
     check = Checksum(model, x)
-    check.mean, check.sd = torch.zeros(len(check.layers), 1), torch.ones(len(check.layers), 1)
+    check.mean, check.unit = torch.zeros(len(check.layers), 1), torch.ones(len(check.layers), 1)
     x[1, 0, 3, 3] = float('nan')
     with torch.no_grad(), Recorder(model, check.layers, check.observe) as rec:
         model(x)

@@ -3,10 +3,10 @@ import pytest, torch
 
 from drdna.baselines import fit_detectors
 from drdna.checksums import Checksum
-from drdna.core import Tap, channel_axis
+from drdna.core import Tap
 from drdna.data_model import ViT
 from drdna.detection import collect_clean
-from drdna.sentinel import INTO, Sentinel, by_channel, checks, choose, offers, price, sizes
+from drdna.sentinel import INTO, Sentinel, checks, choose, offers, price, sizes
 from torchvision.models import resnet18
 
 def net():
@@ -22,14 +22,14 @@ def made(request):
     model, data = request.param(), list(torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(8))
     return model, data, fit_detectors(model, data, {'x': Sentinel(model, data[0], offers(model, data[0]))})['x']
 
-def of_pick(det, seen, k): return seen[:, [i == k for i in det.whose]]
+def of_pick(det, seen, k): return seen.flatten(1)[:, det.at[k]]
 
 def test_checks_are_those_of_checksum_to_the_bit(made):
     model, data, det = made
     c = Checksum(model, data[0])
     seen = collect_clean(model, data, {'x': det, 'c': c})
     for k, (what, n) in enumerate(det.picks):
-        if what == 'check': assert torch.equal(of_pick(det, seen['x'], k), seen['c'][:, [l.name for l in c.layers].index(n)])
+        if what == 'check': assert torch.equal(of_pick(det, seen['x'], k), seen['c'][:, [l.name for l in c.layers].index(n), 0])
     assert sum(w == 'check' for w, _ in det.picks) == len(c.relations)
 
 def test_inputs_are_what_the_layer_reads(made):
@@ -38,22 +38,12 @@ def test_inputs_are_what_the_layer_reads(made):
     with torch.inference_mode(), Tap(model, [l for l in det.layers if l.name in names], lambda x, call: seen.update({call.layer.name: call.args[0].clone()})): model(data[0])
     got = collect_clean(model, data[:1], {'x': det})['x']
     for k, (what, n) in enumerate(det.picks):
-        if what in INTO: assert torch.equal(of_pick(det, got, k), by_channel(INTO[what], seen[n], next(l for l in det.layers if l.name == n)))
+        if what in INTO: assert torch.equal(of_pick(det, got, k), INTO[what](seen[n].flatten(1), 1))
     assert names and not any(n.partition('#')[0].endswith('relu') for n in names)  # these work in place, so that the sum before them is gone
-
-def test_a_look_takes_each_channel_by_itself(made):
-    model, data, det = made
-    for l in det.layers:
-        x = torch.randn(5, *l.shape)
-        got, of = by_channel(torch.Tensor.amax, x, l), 0 if l.kind == 'AttentionProduct' else channel_axis(l)
-        assert torch.equal(got.amax(1), x.flatten(1).amax(1))
-        each = x if x.ndim == 2 else x.movedim(1 if of == 0 else -1, 1).flatten(2).amax(2)
-        if len(l.shape) < 2 or of or x.shape[2:].numel() >= 64: assert torch.equal(got, each)
-        else: assert torch.equal(got, each.unflatten(1, (got.shape[1], -1)).amax(2)) and got.shape[1] < l.shape[0]  # neighbours together
 
 def test_clean_inputs_of_the_fit_stay_within_one_unit(made):
     model, data, det = made
-    d = det.deviations(collect_clean(model, data, {'x': det})['x'])
+    d = det.by_pick(collect_clean(model, data, {'x': det})['x'])
     top = d.amax(0)
     assert (((top - 1).abs() < 1e-5) | (top == 0)).all()  # 0: a number that never varies, such as the minimum behind a ReLU
     assert all(t > 0 for t, (w, _) in zip(top, det.picks) if w == "max")
@@ -61,7 +51,7 @@ def test_clean_inputs_of_the_fit_stay_within_one_unit(made):
 def test_a_layer_counts_its_largest_feature(made):
     model, data, det = made
     r = collect_clean(model, data, {'x': det})['x']
-    s, d = det.statistic(r), det.deviations(r)
+    s, d = det.statistic(r), det.by_pick(r)
     for i, l in enumerate(det.layers):
         mine = [k for k, (_, n) in enumerate(det.picks) if n == l.name]
         assert torch.equal(s[:, i], d[:, mine].amax(1) if mine else torch.zeros(len(d)))  # nothing is judged where a relation only begins
@@ -69,15 +59,16 @@ def test_a_layer_counts_its_largest_feature(made):
 def test_what_is_not_finite_alarms_at_its_layer_alone(made):
     model, data, det = made
     r = collect_clean(model, data, {'x': det})['x'][:2].clone()
-    r[0, 0], r[1, 0] = torch.nan, torch.inf
-    s, at = det.statistic(r), [l.name for l in det.layers].index(det.picks[det.whose[0]][1])
+    at = [l.name for l in det.layers].index(det.picks[0][1])
+    r[0, at, 0], r[1, at, 0] = torch.nan, torch.inf
+    s = det.statistic(r)
     assert s[:, at].isinf().all() and s.isinf().sum() == 2
 
 def test_channels_last_sees_the_same(made):
     model, data, det = made
     same = [x.contiguous(memory_format=torch.channels_last) for x in data]
-    looks = [k for k, i in enumerate(det.whose) if det.picks[i][0] != 'check']
-    a, b = (collect_clean(model, d, {'x': det})['x'][:, looks] for d in (data, same))
+    looks = [at for at, (what, _) in zip(det.at, det.picks) if what != 'check']
+    a, b = (collect_clean(model, d, {'x': det})['x'].flatten(1)[:, looks] for d in (data, same))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 @pytest.mark.parametrize('picks, why', [([], 'no picks'), ([('max', 'fc9')], "('max', 'fc9')"), ([('mean', 'fc')], "'mean'"), ([('max in', 'relu')], "('max in', 'relu')"), ([('check', 'relu')], "('check', 'relu')")])
@@ -88,9 +79,13 @@ def test_a_pick_that_does_not_exist_is_named(picks, why):
 
 def test_a_second_look_is_cheaper_than_a_first(made):
     model, data, det = made
-    name, cost = det.layers[1].name, lambda p, **kw: price(p, det.heads, sizes(model, data[0]), **kw)
-    one, two, apart = cost([('max', name)]), cost([('max', name), ('min', name)]), cost([('max', name), ('min in', name)])
-    assert one < two < apart < 2 * one and cost(det.picks, batch=64) > cost(det.picks, batch=32)  # one hook serves input and output
+    size = sizes(model, data[0])
+    cost = lambda *p, **kw: price([*p], det.heads, size, **kw) - price([], det.heads, size, **kw)
+    a, b, *_, far = size
+    assert cost(('max', a)) < cost(('max', a), ('min', a)) < 2 * cost(('max', a))
+    assert cost(('max', a), ('max', b)) < cost(('max', a)) + cost(('max', b)) == pytest.approx(cost(('max', a), ('max', b), warm=80))  # right behind another
+    assert cost(('max', a), ('max', far)) == pytest.approx(cost(('max', a)) + cost(('max', far)))
+    assert cost(*det.picks, batch=64) > cost(*det.picks, batch=32)
 
 def test_the_choice_keeps_its_budget_and_leaves_out_what_gains_nothing():
     clean = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))

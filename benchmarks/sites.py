@@ -22,10 +22,10 @@ from grid import NETWORKS, SITES, Batches, Net, draw, kinds, number, thirds
 
 CHOOSING = 'exponent MSB', 'U(±100)', 'U(±1000)', 'U(±10)', 'zeroed channel'
 ENOUGH, FEWEST, MOST = 100, 20, 4  # different faults that make SDCs: when a group is full, with how few it does not count; SDCs that one of them adds
-FAULTS = {'neuron': (2000, 1), 'weight': (100, 20)}  # in a portion, and how many images each strikes: many faults on few images, for SDCs of one weight look alike
+FAULTS = {'neuron': (2000, 1), 'weight': (200, 20)}  # in a portion, and how many images each strikes: many faults on few images, for SDCs of one weight look alike
 
 def groups(net, det, images, portions) -> dict: # (kind, target, third) to `(m, picks)`, the deviations of its SDCs
-    "What SDCs look like: of each group enough, or what so many portions of faults give"
+    "What SDCs look like: of each group enough, or what so many portions of faults give; one that makes none ends the group"
     res = {}
     for (i, kind), target, (third, here) in itertools.product(enumerate(CHOOSING), FAULTS, enumerate(thirds(net.found))):
         (n, struck), seen, made = FAULTS[target], [], 0
@@ -34,7 +34,7 @@ def groups(net, det, images, portions) -> dict: # (kind, target, third) to `(m, 
             faults = draw(net.model, here, target, kinds(net.dtype)[kind], n, 10**8 + 10**6 * i + 10**5 * third + 10**4 * k, len(images), struck)
             d, different = look(net, det, data, faults, ENOUGH - made)
             seen.append(d); made += different
-            if made >= ENOUGH: break
+            if not different or made >= ENOUGH: break
         if made >= FEWEST: res[kind, target, third] = torch.cat(seen)
         print(net.network, kind, target, 'third', third + 1, f'{made} of {(k + 1) * n} faults made SDCs', flush=True)
     return res

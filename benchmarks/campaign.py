@@ -8,7 +8,7 @@ campaign-detection.csv the recalls and false positives.
 --speed runs one plan with one and with two worker processes, in turns, and divides the seconds of each round, which include
 sending the network. The processes start before, for a small campaign. It needs two idle cores, about four minutes long.
 
---memory runs 1,000 and 100,000 neuron faults of a small network, each in a fresh process, and notes the peaks.
+--memory runs 1,000, 10,000 and 100,000 neuron faults of a small network, each in a fresh process, and notes the peaks.
 """
 import argparse, itertools, multiprocessing, resource, sys, tempfile, time
 from concurrent.futures import ProcessPoolExecutor
@@ -93,16 +93,18 @@ def small(n) -> Campaign:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)).eval().requires_grad_(False)
     return Campaign(model, torch.randn(1000, 3, 8, 8).split(100), Plan((Population(n=n),)))
 
-def grow(n, folder) -> float: # MB
-    "The peak of this process after n faults"
-    small(n).run(folder).rates()
-    return peak()
+def grow(n, folder) -> dict: # MB
+    "The peaks of this process: when the faults are drawn, when they have run, and when they are counted"
+    campaign = small(n); made = peak()
+    runs = campaign.run(folder); ran = peak()
+    runs.rates()
+    return dict(drawn_mb=made, ran_mb=ran, counted_mb=peak())
 
 def memory(a):
     "Peaks of fresh processes"
     rows = []
     for n in (1000, 10_000, 100_000):
-        with tempfile.TemporaryDirectory() as d, ProcessPoolExecutor(1, spawn) as p: rows.append(dict(faults=n, peak_mb=p.submit(grow, n, d).result()))
+        with tempfile.TemporaryDirectory() as d, ProcessPoolExecutor(1, spawn) as p: rows.append(dict(faults=n) | p.submit(grow, n, d).result())
     t = pd.DataFrame(rows)
     t.to_csv(a.out / 'campaign-memory.csv', index=False, float_format='%.6g')
     print(t.round(1).to_string(index=False))

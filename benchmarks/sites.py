@@ -25,16 +25,16 @@ ENOUGH, FEWEST, MOST = 100, 20, 4  # different faults that make SDCs: when a gro
 FAULTS = {'neuron': (2000, 1), 'weight': (200, 20)}  # in a portion, and how many images each strikes: many faults on few images, for SDCs of one weight look alike
 
 def groups(net, det, images, portions) -> dict: # (kind, target, third) to `(m, picks)`, the deviations of its SDCs
-    "What SDCs look like: of each group enough, or what so many portions of faults give; one that makes none ends the group"
+    "What SDCs look like: of each group enough, or what so many portions of faults give, four times as many where the aim is to see all; two that make none end the group"
     res = {}
     for (i, kind), target, (third, here) in itertools.product(enumerate(CHOOSING), FAULTS, enumerate(thirds(net.found))):
         (n, struck), seen, made = FAULTS[target], [], 0
         data = Batches(images, net.test.dtype, 100 if target == 'neuron' else struck)
-        for k in range(portions):
+        for k in range(portions * (4 if kind in OUT_OF_RANGE else 1)):
             faults = draw(net.model, here, target, kinds(net.dtype)[kind], n, 10**8 + 10**6 * i + 10**5 * third + 10**4 * k, len(images), struck)
             d, different = look(net, det, data, faults, ENOUGH - made)
             seen.append(d); made += different
-            if not different or made >= ENOUGH: break
+            if made >= ENOUGH or (k == 1 and not made): break
         if made >= FEWEST: res[kind, target, third] = torch.cat(seen)
         print(net.network, kind, target, 'third', third + 1, f'{made} of {(k + 1) * n} faults made SDCs', flush=True)
     return res

@@ -140,7 +140,8 @@ def price(
     batch:int=32, # Samples in a batch
     cold:float=80, # Microseconds a hook takes
     warm:float=35, # Microseconds it takes right behind the hook of the layer before
-    look:float=15, # Microseconds an operation takes
+    look:float=15, # Microseconds a look takes
+    check:float=120, # Microseconds a check takes: two sums, and a vector that is spread out
     read:float=18, # Microseconds a megabyte takes
     verdict:float=300, # Microseconds the verdict takes, whatever is picked
 ) -> float: # Microseconds per batch
@@ -149,7 +150,8 @@ def price(
     hooked, order = {n for n, _ in reads}, [*sizes]
     awake = {n for before, n in zip(order, order[1:]) if before in hooked}
     mb = sum(batch * sizes[n][out] / 1e6 for n, out in reads)
-    return verdict + sum(warm if n in awake else cold for n in hooked) + look * len(reads) + read * mb
+    checks = sum(what == 'check' for what, _ in picks)
+    return verdict + sum(warm if n in awake else cold for n in hooked) + look * (len(picks) - checks) + check * checks + read * mb
 
 # %% ../nbs/06c_sentinel.ipynb #f670a4bf
 def _recalls(clean, faulty, fpr, margin=1) -> np.ndarray: # One per group

@@ -205,7 +205,7 @@ class Together(LayerDetector):
 
     def observe(self, x, i, call=None): # `(N, sum of the parts' R)`
         "What each part that looks at layer i keeps of it"
-        kept = {k: p.observe(x, mine.index(i), call) for k, (p, mine) in enumerate(zip(self.parts, self.mine)) if i in mine}
+        kept = {k: p.observe(x, mine.index(i), call).flatten(1) for k, (p, mine) in enumerate(zip(self.parts, self.mine)) if i in mine}
         self.widths[i] = {k: v.shape[1] for k, v in kept.items()}
         return torch.cat([*kept.values()], 1)
 

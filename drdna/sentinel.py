@@ -15,7 +15,6 @@ import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .baselines import as_it_lies
 from .checksums import Checksum, relations
 from .core import Tap, batch_tensors, call_model, device_of, layers as find_layers, to_device, undisturbed
 from .detection import threshold
@@ -23,7 +22,7 @@ from .detection import threshold
 # %% ../nbs/06c_sentinel.ipynb #dc59887e
 def outputs(model:nn.Module, batch, forward:Callable|None=None) -> list: # Names
     "Layers whose output can be looked at: all"
-    return [l.name for l in find_layers(model, batch, lambda m: True, forward=forward)]
+    return [l.name for l in find_layers(model, batch, lambda m: True, forward=forward) if l.shape]
 
 def inputs(model:nn.Module, batch, forward:Callable|None=None) -> list: # Names
     "Layers whose input can be looked at: a tensor of as many samples, which the layer does not write over"
@@ -98,15 +97,17 @@ def _post(self:Sentinel, layers, relations, looks):
     self.picks, self.at = [(columns[k][0], layers[columns[k][1]].name) for r in rows for k in r], [padded.index(k) for r in rows for k in r]
 
 @patch
-def observe(self:Sentinel, x, i, call): # `(N, R)`
+def observe(self:Sentinel, x, i, call): # `(N, R)`; a single look keeps its axes, `(N, 1, …)`: to drop them here, where code is cold, takes 10 µs, and in `collect` 1
     "What the relations and the looks want of layer i"
-    seen = [LOOKS[w](as_it_lies(call.args[0] if w in INTO else x), 1, True) for w in self.looks[i]]
+    seen = [_look(LOOKS[w], call.args[0] if w in INTO else x) for w in self.looks[i]]
     if i in self.begins or i in self.ends: seen.insert(0, Checksum.observe(self, x, i, call))
-    return seen[0] if len(seen) == 1 else torch.cat(seen, 1)
+    return seen[0] if len(seen) == 1 else torch.cat([s.flatten(1) for s in seen], 1)
+
+def _look(how, x): return how(x, tuple(range(1, x.ndim)), True)
 
 @patch
 def collect(self:Sentinel, records:list) -> Tensor: # `(N, L, R)`, R features of each layer
-    flat = torch.cat(records, 1)
+    flat = torch.cat([r.flatten(1) for r in records], 1)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     if self.other is None: return flat.index_select(1, self.one).unflatten(1, (-1, self.most))
     flat = F.pad(flat, (0, 1)) # a column of zeros, for what has no second

@@ -296,14 +296,13 @@ class _Hook:
 
     def __call__(self, module, args, kwargs, out):
         n = self._next() if self.several else 1
-        for tap, counts, calls in self.routes:
-            layer = calls.get(n if counts else 1)
-            if layer: out = tap.run(Call(layer, module, args, kwargs), out)
+        for tap, counts, works in self.routes:
+            if work := works.get(n if counts else 1): out = work(module, args, kwargs, out)
         return out
 
     def post(self, module, taps):
         "Run these taps from now on; what each call would look up is looked up once, here"
-        self.routes = tuple((t, t.counts[module], t.calls[module]) for t in sorted(taps, key=lambda t: PHASES.index(t.phase)))
+        self.routes = tuple((t, t.counts[module], t.works[module]) for t in sorted(taps, key=lambda t: PHASES.index(t.phase)))
         self.several = any(counts for _, counts, _ in self.routes)
 
     @property
@@ -338,12 +337,12 @@ class Tap:
         phase:str='observe', # `inject`, `observe` or `mitigate`
     ):
         if phase not in PHASES: raise ValueError(f'phase {phase!r}: choose one of {PHASES}')
-        self.fn, self.phase, self.calls, self.counts = fn, phase, {}, {}
+        self.fn, self.phase, self.works, self.counts = fn, phase, {}, {}
         for l in layers:
             module = _module(model, l)
-            self.calls.setdefault(module, {})[l.call] = l
+            self.works.setdefault(module, {})[l.call] = self._work(l)
             self.counts[module] = l.calls > 1
-        for module in self.calls: _attach(module, self)
+        for module in self.works: _attach(module, self)
         self.several = [_hooks[m] for m, several in self.counts.items() if several]
         self.root = model.register_forward_pre_hook(self._restart) if self.several else None
 
@@ -354,16 +353,20 @@ class Tap:
 
 # %% ../nbs/00_core.ipynb #fd21e8f5
 @patch
-def run(self:Tap, call, out):
-    new = self.fn(view(call.layer, out), call)
-    return out if new is None or self.phase == 'observe' else put_item(out, call.layer.item, unview(call.layer, new))
+def _work(self:Tap, layer):
+    "What the hook does at a layer: one function that has all it needs at hand, for behind a convolution every call of another one costs microseconds"
+    fn, keeps = self.fn, self.phase == 'observe'
+    def work(module, args, kwargs, out):
+        new = fn(view(layer, out), Call(layer, module, args, kwargs))
+        return out if new is None or keeps else put_item(out, layer.item, unview(layer, new))
+    return work
 
 @patch
 def close(self:Tap):
     "Leave the model as it was before; closing twice is fine"
     if self.root is not None: self.root.remove()
-    for module in self.calls: _detach(module, self)
-    self.calls, self.several, self.root = {}, [], None
+    for module in self.works: _detach(module, self)
+    self.works, self.several, self.root = {}, [], None
 
 @patch
 def __enter__(self:Tap): return self
@@ -397,7 +400,8 @@ def mitigate(
 ): # The output as the taps of the `mitigate` phase leave it
     "Apply the repairs that are open on a layer to an output that was not computed but made"
     for tap in _hooks[call.module].taps if call.module in _hooks else ():
-        if tap.phase == 'mitigate' and call.layer.call in tap.calls.get(call.module, {}): out = tap.run(call, out)
+        work = tap.works.get(call.module, {}).get(call.layer.call)
+        if work and tap.phase == 'mitigate': out = work(call.module, call.args, call.kwargs, out)
     return out
 
 # %% ../nbs/00_core.ipynb #8e6b9ff5
@@ -410,21 +414,22 @@ class Recorder(Tap):
         asleep:bool=False, # Record between `start` and `sleep` alone; other forwards pass unseen
     ):
         self.names, self.record, self.asleep = [l.name for l in layers], _Mine(), asleep
-        place = {name: i for i, name in enumerate(self.names)}
-        def note(x, call):
-            if (rows := self._rows()) is None: return
-            i = place[call.layer.name]
-            rows[i] = fn(x.detach() if x.requires_grad else x, i, call)
-        super().__init__(model, layers, note)
+        super().__init__(model, layers, fn)
+
+    def _work(self, layer):
+        i, fn, rows_of = self.names.index(layer.name), self.fn, self._rows if not self.asleep else self.record.get
+        def work(module, args, kwargs, out):
+            if (rows := rows_of()) is None: return out
+            x = view(layer, out)
+            rows[i] = fn(x.detach() if x.requires_grad else x, i, Call(layer, module, args, kwargs))
+            return out
+        return work
 
     def start(self): self.record.set({}) # This thread records, and forgets what it had
     def sleep(self): self.record.set(None)
     def _rows(self):
-        rows = self.record.get()
-        if rows is None and not self.asleep:
-            self.start()
-            rows = self.record.get()
-        return rows
+        if self.record.get() is None and not self.asleep: self.start()
+        return self.record.get()
 
 # %% ../nbs/00_core.ipynb #aa87cc06
 @patch

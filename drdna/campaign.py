@@ -6,8 +6,8 @@ Docs: https://drdna.github.io/drdna/campaign.html.md"""
 
 # %% auto #0
 __all__ = ['FLAGS', 'OUTCOMES', 'RATE', 'batch_size', 'freeze', 'Calibrated', 'fingerprint', 'Unit', 'units', 'Setup',
-           'one_thread', 'Worker', 'environment', 'claimed', 'Campaign', 'confidence', 'read_manifest', 'Results',
-           'show_interval', 'show_rates', 'Replay', 'replay']
+           'one_thread', 'observers', 'Worker', 'environment', 'claimed', 'Campaign', 'confidence', 'read_manifest',
+           'Results', 'show_interval', 'show_rates', 'Replay', 'replay']
 
 # %% ../nbs/09b_campaign.ipynb #478ef66d
 import hashlib, html, itertools, json, math, os, pickle, platform, threading, time, warnings
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +69,7 @@ def fingerprint(*objects) -> str: # 64 hexadecimal digits
             h.update(f'{type(o).__name__}{len(o)}'.encode())
             for v in o: add(v)
         elif o is None or isinstance(o, (bool, int, float, str, bytes, torch.device, torch.dtype, slice)): h.update(f'{type(o).__name__}:{o!r};'.encode())
+        elif isinstance(o, partial): add((o.func, o.args, o.keywords))
         elif callable(o) and hasattr(o, '__qualname__'): h.update(f'{o.__module__}.{o.__qualname__};'.encode())
         else: add((type(o).__qualname__, {k: v for k, v in sorted(vars(o).items()) if not k.startswith('_')} if hasattr(o, '__dict__') else repr(type(o))))
     for o in objects: add(o)
@@ -78,7 +79,7 @@ def fingerprint(*objects) -> str: # 64 hexadecimal digits
 class Unit(NamedTuple):
     "Faults that are computed together"
     number: int # Names its part
-    population: str # Of all its faults
+    population: str # Of all its faults; in the first look, which all populations have, '' for any
     look: int # Of a sequential population
     batch: int # On which batch of inputs
     rows: np.ndarray # Rows of the fault list
@@ -96,8 +97,9 @@ def units(
     t = pd.DataFrame({'population': faults.population.to_numpy()[heads], 'look': faults.look.to_numpy()[heads], 'batch': faults.image.to_numpy()[heads] // size, 'stored': faults.target.to_numpy()[heads] != 'neuron', 'head': np.arange(len(heads))})
     t = t.loc[t.index.repeat(np.where(t.stored, many, 1))]
     t['batch'] = (t.batch + t.groupby('head').cumcount()) % batches
+    t.loc[t['look'] == 0, 'population'] = ''
     place, res = {p: i for i, p in enumerate(t.population.unique())}, []
-    keys = [t['look'].to_numpy(), t.population.map(place).to_numpy(), t.batch.to_numpy()]
+    keys = [t['look'].to_numpy(), t.population.map(place).to_numpy(), t.stored.to_numpy(), t.batch.to_numpy()]
     for _, g in t.groupby(keys, sort=True):
         each = max(1, 5 * chunk // size) if g.stored.iloc[0] else chunk
         for k in range(0, len(g), each):
@@ -114,6 +116,8 @@ class Setup(NamedTuple):
     detectors: dict # Name to `Calibrated`
     forward: Callable|None # `forward(model, batch)` if the default call does not fit
     criterion: Callable # Which outputs are SDCs
+    repairs: dict # Name to a function that makes a context
+    keep: tuple # Detectors whose records are kept
 
 @contextmanager
 def one_thread():
@@ -126,18 +130,25 @@ def one_thread():
 # %% ../nbs/09b_campaign.ipynb #c6641ad4
 FLAGS = ['clean_pred', 'pred', 'clean_confidence', 'confidence', 'sdc5', 'sdc10', 'sdc20'] # Of networks that classify, from `injection.class_flags`
 
+def observers(detectors:dict) -> dict: # Name of a detector to the name of the one that observes for it
+    "Detectors that read the same, as one object at two thresholds or Dr. DNA with one set of tables and two rules, are observed once"
+    first = {}
+    return {n: first.setdefault((type(c.detector), id(getattr(c.detector, 'tables', c.detector))), n) for n, c in detectors.items()}
+
 class Worker:
     "Computes units"
-    def __init__(self, setup:Setup): self.setup, self.cuts = setup, Cuts(setup.model, setup.forward)
+    def __init__(self, setup:Setup): self.setup, self.cuts, self.sees = setup, Cuts(setup.model, setup.forward), observers(setup.detectors)
 
     def do(self, batch:int, faults:pd.DataFrame) -> pd.DataFrame: # One row per fault and input, see `Results.table`
         "Run faults on one batch"
         s, ids, size = self.setup, faults.fault[faults.part == 0].to_numpy(), batch_size(self.setup.batches[batch])
         start = batch * size
         here = faults.assign(image=np.where(faults.target == 'neuron', faults.image - start, 0))
-        watch = {n: c.detector for n, c in s.detectors.items()}
-        r = run_faults(s.model, [s.batches[batch]], here, s.layers, watch, criterion=s.criterion, forward=s.forward, images=size, desc=None, cuts=self.cuts)
-        res = r.table[['outcome', *(c for c in FLAGS if c in r.table)]].assign(**self._verdicts(r))
+        watch = {n: s.detectors[n].detector for n in self.sees.values()}
+        r = run_faults(s.model, [s.batches[batch]], here, s.layers, watch, s.repairs, criterion=s.criterion, forward=s.forward, images=size, desc=None, cuts=self.cuts)
+        res = r.table[['outcome', *(c for c in FLAGS if c in r.table)]]
+        res = res.assign(**{f'{n}.{c}': z.table[c] for n, z in r.repaired.items() for c in ('outcome', 'pred') if c in z.table})
+        res = res.assign(**self._verdicts(r), **{f'{n}.record': [*r.faulty[self.sees[n]].flatten(1).numpy()] for n in s.keep})
         res.insert(0, 'fault', ids[r.table.fault]); res.insert(1, 'image', r.table.image.to_numpy() + start)
         return res
 
@@ -145,7 +156,7 @@ class Worker:
         "What each detector says of every row and of its fault-free twin"
         res, image = {}, torch.tensor(r.table.image.to_numpy())
         for n, c in self.setup.detectors.items():
-            v, twin = (judge(c.detector.statistic(seen[n]), c.threshold) for seen in (r.faulty, r.clean))
+            v, twin = (judge(c.detector.statistic(seen[self.sees[n]]), c.threshold) for seen in (r.faulty, r.clean))
             names = np.array([*(l.name for l in c.detector.layers), ''], object)  # -1 is no layer
             res |= {f'{n}.score': v.score.numpy(), f'{n}.alarm': v.alarm.numpy(), f'{n}.layer': names[v.layer.numpy()], f'{n}.twin': twin.alarm[image].numpy()}
         return res
@@ -260,20 +271,28 @@ class Campaign:
         forward:Callable|None=None, # `forward(model, batch)` if the default call does not fit
         criterion:Callable=other_class, # `criterion(faulty, golden)`: which outputs are SDCs
         chunk:int=1000, # Neuron faults in a unit
+        repairs:dict|None=None, # Name to a function that makes a context, such as `partial(Restrict, model, p)`: every fault runs once more under each
+        keep:Iterable[str]=(), # Names of detectors whose records, what `collect` gives, are kept
     ):
         if chunk < 1: raise ValueError(f'chunk={chunk}: a unit has at least one fault')
         watch = {n: Calibrated(d.detector, float(d.threshold)) for n, d in (detectors or {}).items()}
-        if bad := [n for n in watch if '.' in n or not n]: raise ValueError(f'detector {bad[0]!r}: a name without dots, please')
+        _check_names([*watch, *(repairs or {})], keep, watch)
         self.plan, self.chunk, self.given = plan, chunk, faults is not None
         images, stored = _inputs(plan, check_schema(faults) if self.given else None)
         batches = [to_device(b, device_of(model)) for b in freeze(data, images, plan is not None)]
-        self.setup = Setup(model, batches, find_layers(model, batches[0], forward=forward), watch, forward, criterion)
+        self.setup = Setup(model, batches, find_layers(model, batches[0], forward=forward), watch, forward, criterion, repairs or {}, tuple(keep))
         self.faults = check_schema(faults) if self.given else plan.draw(find_places(plan, model, batches[0], forward))
         self._check()
         self.size = batch_size(batches[0]) # Inputs of a batch
         self.units = units(self.faults, self.size, len(batches), stored, chunk)
 
 # %% ../nbs/09b_campaign.ipynb #09b1a734
+def _check_names(names, keep, detectors):
+    "Names become columns, as in `NAME.score`"
+    if bad := [n for n in names if not n or any(n.startswith(f'{m}.') for m in names)]: raise ValueError(f'detector or repair {bad[0]!r}: a name, please, and not another one with a dot and more')
+    if bad := [n for n in names if names.count(n) > 1]: raise ValueError(f'{bad[0]!r} names a detector and a repair')
+    if bad := [n for n in keep if n not in detectors]: raise ValueError(f'keep {bad[0]!r}: there is no such detector; there are {[*detectors]}')
+
 def _inputs(plan, faults) -> tuple[int, int]:
     "How many inputs a campaign has, and how many a stored fault runs on; a list without a plan has those up to the last one struck"
     if plan is None and faults is None: raise ValueError('a campaign wants a plan, a fault list or both')
@@ -304,7 +323,8 @@ def manifest(self:Campaign) -> dict:
             'data': fingerprint([[*batch_tensors(b)] for b in s.batches]), 'batches': len(s.batches), 'batch': [list(t.shape) for t in batch_tensors(s.batches[0])],
             'detectors': {n: fingerprint(c) for n, c in s.detectors.items()}, 'layers': [l.name for l in s.layers], 'shapes': shapes,
             'functions': [f'{f.__module__}.{f.__qualname__}' if hasattr(f, '__qualname__') else type(f).__qualname__ for f in (s.forward, s.criterion)],
-            'chunk': self.chunk, 'units': len(self.units), 'environment': environment(s.model)}
+            'chunk': self.chunk, 'units': len(self.units), 'environment': environment(s.model),
+            **({'repairs': {n: fingerprint(f) for n, f in s.repairs.items()}} if s.repairs else {}), **({'keep': list(s.keep)} if s.keep else {})}
 
 # %% ../nbs/09b_campaign.ipynb #5971caee
 def read_manifest(folder:Path) -> dict:
@@ -395,7 +415,7 @@ class _Bar:
     "The progress bar: rate, time left, and the SDC rate of the population at work, with its interval"
     def __init__(self, campaign, todo, left):
         head, self.plan, self.seen = (campaign.faults.part == 0).to_numpy(), campaign.plan, {}
-        self.heads, self.of = campaign.faults[head].set_index('fault')[['stratum', 'size']], lambda u: int(head[u.rows].sum())
+        self.heads, self.of = campaign.faults[head].set_index('fault')[['population', 'stratum', 'size']], lambda u: int(head[u.rows].sum())
         all, more = (sum(map(self.of, t)) for t in (todo, left))
         self.bar = tqdm(total=all, initial=all - more, desc='campaign', unit='fault')
     def __enter__(self): return self
@@ -405,11 +425,10 @@ class _Bar:
         "One more part"
         self.bar.update(self.of(u))
         if self.bar.disable: return
-        seen = self.seen.setdefault(u.population, [])
-        seen.append((rows.outcome == 'SDC').groupby(rows.fault).mean())
-        y = pd.concat(seen).groupby(level=0).mean()  # a stored fault comes in several parts
-        e = estimate(y, *(self.heads.loc[y.index, c] for c in ('stratum', 'size')), level=confidence(self.plan, u.population))
-        self.bar.set_postfix_str(f'{u.population}: SDC {e["rate"]:.2%} [{e["lo"]:.2%}, {e["hi"]:.2%}]', refresh=False)
+        for name, y in (rows.outcome == 'SDC').groupby(rows.fault).mean().groupby(self.heads.population): self.seen.setdefault(name, []).append(y)
+        y = pd.concat(self.seen[name]).groupby(level=0).mean()  # a stored fault comes in several parts
+        e = estimate(y, *(self.heads.loc[y.index, c] for c in ('stratum', 'size')), level=confidence(self.plan, name))
+        self.bar.set_postfix_str(f'{name}: SDC {e["rate"]:.2%} [{e["lo"]:.2%}, {e["hi"]:.2%}]', refresh=False)
 
 # %% ../nbs/09b_campaign.ipynb #17c22d3e
 class Results:
@@ -446,7 +465,7 @@ def heads(self:Results, faults) -> pd.DataFrame: # One row per element of `fault
     return self.faults[self.faults.part == 0].set_index('fault')[_OF_FAULT].loc[faults].reset_index(drop=True)
 
 @patch(as_prop=True)
-def table(self:Results) -> pd.DataFrame: # Columns of the fault, then of the outcome, then `NAME.score`, `.alarm`, `.layer` and `.twin` of each detector
+def table(self:Results) -> pd.DataFrame: # Columns of the fault, then of the outcome, then `NAME.outcome` and `.pred` under each repair, then `.score`, `.alarm`, `.layer` and `.twin` of each detector, and its `.record`, flat, if it is kept
     "One row per fault and input, in the order of the fault list"
     parts = [*self.parts()]
     if not parts: raise ValueError(f'{self.folder}: no unit is done yet')

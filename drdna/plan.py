@@ -6,8 +6,8 @@ Docs: https://drdna.github.io/drdna/plan.html.md"""
 
 # %% auto #0
 __all__ = ['ERRORS', 'PATTERNS', 'CHOICES', 'MOST', 'SCHEMA', 'Population', 'check_population', 'Plan', 'find_places', 'Stratum',
-           'strata', 'allocate', 'leveugle', 'interval', 'show_rate', 'estimate', 'write_faults', 'read_faults',
-           'check_schema']
+           'strata', 'allocate', 'leveugle', 'listed', 'interval', 'show_rate', 'estimate', 'write_faults',
+           'read_faults', 'check_schema']
 
 # %% ../nbs/09_plan.ipynb #723bd8ef
 import inspect, json, math, tomllib, zlib
@@ -343,6 +343,17 @@ SCHEMA = {
     'stratum': ('str', 'stratum of that population'),
     'size': ('int64', 'members of the stratum'),
     'look': ('int64', 'look of a sequential population for which it is needed first, from 0')} # Columns of a fault list: type and meaning
+
+# %% ../nbs/09_plan.ipynb #4fe18ac9
+def listed(
+    faults:pd.DataFrame, # From `draw_neurons`, `repeat_fault` and their kin; several lists joined are fine
+    population:str, # What to call it
+    images:int|None=None, # Where there is no column `image`: faults strike so many images in turn; default: each one of its own
+) -> pd.DataFrame: # With the columns of `SCHEMA`
+    "A fault list of one's own, for `Campaign(faults=…)`"
+    ids, n = fault_ids(faults), int((faults.part == 0).sum())
+    image = faults.image if 'image' in faults else ids % (images or n)
+    return faults.assign(fault=ids, image=image, p=1., population=population, stratum='all', size=n, look=0)[list(SCHEMA)].reset_index(drop=True)
 
 # %% ../nbs/09_plan.ipynb #f5ba72da
 def interval(

@@ -14,6 +14,8 @@ from drdna.baselines import Range, fit_detectors
 from drdna.campaign import Calibrated, Campaign, Results, replay
 from drdna.core import layers
 from drdna.detection import DrDNA
+from drdna.engine import run
+from drdna.mitigation import Restrict, clamp, zero
 from drdna.plan import Plan, Population
 from drdna.profiling import profile
 
@@ -90,6 +92,25 @@ def test_a_list_without_a_plan(campaign, tmp_path):
     c = make(None, faults=some)
     t = c.run(tmp_path).table
     assert (t.groupby('fault').image.nunique() == 100).all() and t.fault.nunique() == some.fault.nunique()
+
+def repaired(campaign, how, **more):
+    "A campaign with a repair, one detector at two thresholds, and its records"
+    model, batches, found, watch, *_ = campaign.setup
+    det, p = watch['drdna'].detector, profile(model, batches, found, k=8)
+    plan = Plan((Population(bits=(30,), n=60), Population('weight', bits=(30,), n=4)), images=200)
+    return Campaign(model, batches, plan, watch | {'drdna, low': Calibrated(det, .5)}, repairs={'repair': partial(Restrict, model, p, how)}, keep=['drdna'], **more)
+
+def test_repairs_and_records_are_those_of_a_run(campaign, tmp_path):
+    c = repaired(campaign, clamp)
+    t, s = c.run(tmp_path / 'a').table, c.setup
+    assert cp.observers(s.detectors)['drdna, low'] == 'drdna' and (t['drdna, low.score'] == t['drdna.score']).all() and t['drdna, low.alarm'].sum() > t['drdna.alarm'].sum()
+    neurons = c.faults[c.faults.target == 'neuron']
+    r = run(s.model, s.batches, neurons, s.layers, {'d': s.detectors['drdna'].detector}, s.repairs, images=200)
+    mine = t[t.target == 'neuron']
+    assert (mine['repair.pred'].to_numpy() == r.repaired['repair'].table.pred.to_numpy()).all() and (mine['repair.outcome'].to_numpy() == r.repaired['repair'].table.outcome.to_numpy()).all()
+    assert torch.equal(torch.from_numpy(np.stack(mine['drdna.record'])), r.faulty['d'].flatten(1)) and (t['repair.pred'] != t.pred).any()
+    with ProcessPoolExecutor(2, mp_context=fork) as pool: same(repaired(campaign, clamp).run(tmp_path / 'b', pool).table, t)
+    with pytest.raises(ValueError, match='belongs to another campaign: repairs'): repaired(campaign, zero).run(tmp_path / 'a')
 
 def test_a_sequential_population_stops_in_time(whole):
     p = PLAN.population[-1]

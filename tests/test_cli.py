@@ -14,6 +14,8 @@ def drdna(*args, **kw): return subprocess.run([*COMMAND, *args], capture_output=
     (['reproduce', '--fpr', '0.0001'], 'needs at least 9999 calibration inputs, got 1000'),
     (['reproduce', '--fpr', '2'], 'lies between 0 and 1'),
     (['reproduce', '--bins', '0'], '--bins 0'),
+    (['reproduce', '--faults', '1'], '--faults 1: must be at least 2'),
+    (['reproduce', '--workers', '0'], '--workers 0'),
     (['reproduce', '--device', 'abacus'], '--device abacus'),
     (['reproduce', '--out', '/proc/1/nowhere'], '/proc/1/nowhere'),
     (['reproduce', '--faults', 'many'], "invalid int value: 'many'"),
@@ -24,15 +26,16 @@ def test_a_bad_option_is_one_line_and_exit_code_2(args, says, tmp_path):
     assert r.returncode == 2 and says in r.stderr.splitlines()[-1]
     assert 'Traceback' not in r.stderr and not list(tmp_path.iterdir())
 
-def test_ctrl_c_leaves_no_half_report(tmp_path):
+def test_ctrl_c_leaves_no_half_report_and_what_was_computed(tmp_path, capsys):
     p = subprocess.Popen([*COMMAND, 'reproduce', '--out', str(tmp_path / 'r')], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a shell's background job ignores it, and so would its children
     deadline = time.time() + 120
-    while not (tmp_path / 'r').exists() and time.time() < deadline: time.sleep(.1)
-    time.sleep(2)
+    while not list(tmp_path.glob('r/campaign/parts/*.parquet')) and time.time() < deadline: time.sleep(.1)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
-    assert p.returncode == 130 and b'interrupted' in err and not (tmp_path / 'r').exists()
+    assert p.returncode == 130 and b'interrupted' in err and [f.name for f in (tmp_path / 'r').iterdir()] == ['campaign']
+    assert main(['reproduce', '--out', str(tmp_path / 'r'), '--seed', '1']) == 2  # not another one into the same folder
+    assert 'belongs to another campaign' in capsys.readouterr().err
 
 # ---------------------------------------------------------------- campaigns
 

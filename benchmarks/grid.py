@@ -6,13 +6,14 @@ Faults that make SDCs are found first, without any detector; then they alone run
 gives the same bits. Profiles and fits use training images, thresholds the 5,000 images held out from training, and faults
 strike the 10,000 test images, on which the false-positive rates are measured.
 
-What was found and what was judged are files under `--work`, one per cell. So a run that was stopped goes on where it was, one
-with larger limits goes on from what it has, and another detector only asks for judging by that one (`--stages judge tables --detectors NAME`).
-
-At its end it writes four tables: found.csv, runs and SDCs of each cell; grid.csv, what the detectors saw of them; bits.csv,
-the same by bit; false.csv, false positives.
+Both are campaigns (`drdna.campaign`), in folders under `--work`, so that a run that was stopped goes on where it was. What they
+give goes into the committed tables, cell by cell: found.csv, runs and SDCs; sdcs.parquet, the numbers of the faults that made
+them, from which they are drawn again; grid.csv, how many of the SDCs the detectors saw; bits.csv, the same by bit; false.csv,
+false positives. So a fresh clone goes on with larger limits, and judges another detector in minutes (`--stages judge --detectors NAME`),
+without the hours of the search.
 """
-import argparse, gzip, itertools, zlib
+import argparse, fcntl, gzip, itertools, shutil, zlib
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +21,15 @@ import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torchvision.transforms.functional import gaussian_blur
 
 from drdna.baselines import Doubt, Extremes, Mahalanobis, NonFinite, QuantileTree, Range, energy, entropy, fit_detectors
+from drdna.campaign import Calibrated, Campaign, observers
 from drdna.checksums import Checksum, Together
 from drdna.core import layers, replace_file
 from drdna.data_model import cifar10_splits, loader, trained_resnet18, trained_vit
-from drdna.detection import RULES, DrDNA, collect_clean, judge, threshold
+from drdna.detection import RULES, DrDNA, collect_clean, fit_rule, threshold
 from drdna.engine import run
 from drdna.injection import channel, draw_neurons, draw_weights, flip, parameter_places, row, sign, stuck_at, uniform
 from drdna.leaderboard import CELL, OUT_OF_RANGE
+from drdna.plan import listed
 from drdna.profiling import profile
 from drdna.sentinel import Sentinel
 
@@ -82,11 +85,6 @@ def odd(data, n=2000) -> dict: # Name to `Images`
 
 # ---------------------------------------------------------------- who watches
 
-class Sites:
-    "Keeps the sites' values themselves, for all settings of Dr. DNA that share them"
-    def __init__(self, p): self.layers, self.observe = p.layers, p.cohort.read
-    def collect(self, records): return torch.stack(records, 1)
-
 def settings() -> dict: # Name to `(k, bins, lam, rule)`
     "Settings of Dr. DNA"
     lams = {'τ1': (1, 0, 0), 'τ2': (0, 1, 0), 'τ3': (0, 0, 1), 'τ1+τ2': (1, 1, 0), 'τ1+τ3': (1, 0, 1), 'τ2+τ3': (0, 1, 1), 'all': (1, 1, 1), 'all, τ2 × 32': (1, 32, 1)}
@@ -124,37 +122,38 @@ class Bench:
     "A network in one precision, detectors, their thresholds and false positives"
     def __init__(self, net, odd_too=True, only=()):
         dt, sets = net.test.dtype, cifar10_splits()
-        model, found, fit = net.model, net.found, Batches(sets['train'][:1000], dt)
-        wanted = lambda named: {n: v for n, v in named.items() if not only or n in only}
-        self.net, self.settings = net, wanted(settings())
-        profiles = {k: profile(model, fit, found, k) for k in {k for k, *_ in self.settings.values()}}
-        self.rivals = fit_detectors(model, fit, wanted(rivals(net.network, model, next(iter(net.test)), found)))
-        self.rivals |= {n: grow() for n, grow in wanted({'quantile tree': lambda: tree(model, sets['train'][1000:3000], found, dt)}).items()}
-        self.dna = {n: DrDNA.fit(profiles[k], bins, lam, rule) for n, (k, bins, lam, rule) in self.settings.items()}
-        self.observers = self.rivals | {k: Sites(p) for k, p in profiles.items()}
-        clean = lambda batches, desc: {n: v.amax(1) for n, v in self.statistics(collect_clean(model, batches, self.observers, desc=f'{net.network} {net.dtype}, {desc}')).items()}
-        self.thresholds = {(n, f): threshold(m, f) for n, m in clean(Batches(sets['heldout'], dt), 'calibrate').items() for f in FPRS}
+        fit, wanted = Batches(sets['train'][:1000], dt), lambda named: {n: v for n, v in named.items() if not only or n in only}
+        self.net = net
+        dets = fit_detectors(net.model, fit, wanted(rivals(net.network, net.model, next(iter(net.test)), net.found)))
+        dets |= {n: grow() for n, grow in wanted({'quantile tree': lambda: tree(net.model, sets['train'][1000:3000], net.found, dt)}).items()}
+        self.detectors = dets | dna(net, fit, wanted(settings()))
+        self.thresholds = {(n, f): threshold(m, f) for n, m in self.clean(Batches(sets['heldout'], dt), 'calibrate').items() for f in FPRS}
         looks = {'test': sets['test'], **(odd(sets['test']) if odd_too else {})}
         self.false = pd.DataFrame([dict(network=net.network, dtype=net.dtype, inputs=inputs, detector=n, fpr=f, alarms=int((~(m <= self.thresholds[n, f])).sum()), images=len(m))
-                                   for inputs, d in looks.items() for n, m in clean(Batches(d, dt), inputs).items() for f in FPRS])
+                                   for inputs, d in looks.items() for n, m in self.clean(Batches(d, dt), inputs).items() for f in FPRS])
 
-    def statistics(self, seen) -> dict: # Name to `(N, L)`
-        "What every detector makes of what the observers saw"
-        tests = {}
-        def of(k, bins, tables):
-            if (k, bins) not in tests: tests[k, bins] = torch.cat([tables.tests(v) for v in seen[k].split(500)])
-            return tests[k, bins]
-        return {n: d.statistic(seen[n]) for n, d in self.rivals.items()} | {n: d.statistic(of(*self.settings[n][:2], d.tables)) for n, d in self.dna.items()}
+    def clean(self, data, desc) -> dict: # Name to `(n,)`
+        "The statistic of every detector on clean images"
+        who = observers({n: Calibrated(d, np.inf) for n, d in self.detectors.items()})
+        seen = collect_clean(self.net.model, data, {n: self.detectors[n] for n in who.values()}, desc=f'{self.net.network} {self.net.dtype}, {desc}')
+        return {n: d.statistic(seen[who[n]]).amax(1) for n, d in self.detectors.items()}
 
-    def verdicts(self, seen) -> dict:
-        "The number of the layer that alarms, -1 for none, by detector and rate"
-        place = {l.name: i for i, l in enumerate(self.net.found)}
-        def where(n): return torch.tensor([place.get(l.name, len(place)) for l in (self.rivals.get(n) or self.dna[n]).layers] + [-1])
-        return {f'{n} @ {f}': where(n)[judge(s, self.thresholds[n, f]).layer].numpy() for n, s in self.statistics(seen).items() for f in FPRS}
+    def watch(self) -> dict: return {n: Calibrated(d, self.thresholds[n, min(FPRS)]) for n, d in self.detectors.items()}
+
+def dna(net, fit, settings) -> dict:
+    "Dr. DNA in many settings; those with the same sites and bins share their tables, so that they are observed once"
+    profiles = {k: profile(net.model, fit, net.found, k) for k in {k for k, *_ in settings.values()}}
+    tables = {(k, bins): DrDNA.fit(profiles[k], bins) for k, bins, *_ in settings.values()}
+    tests = {(k, bins): d.tables.tests(profiles[k].values) for (k, bins), d in tables.items()}
+    def one(k, bins, lam, rule):
+        T, sd = fit_rule(tests[k, bins], lam)
+        return replace(tables[k, bins], T=T, sd=sd, lam=lam, rule=rule)
+    return {n: one(*how) for n, how in settings.items()}
 
 # ---------------------------------------------------------------- find faults that make SDCs
 
 CLUSTERS = 100  # different faults that a full cell of weights has: with fewer, Wilson's lower bound of "all seen" stays below 96 %
+SDCS, FOUND, GRID, BITS, FALSE = FOLDER / 'sdcs.parquet', *(FOLDER / f'{n}.csv' for n in ('found', 'grid', 'bits', 'false'))
 
 class Net:
     "A network in one precision, its layers and the test images"
@@ -163,95 +162,119 @@ class Net:
         self.model, self.test = NETWORKS[network]().to(dt), Batches(cifar10_splits()['test'], dt)
         self.found = layers(self.model, next(iter(self.test)))
 
-    def cells(self, args, folder) -> list: # (path, target, kind, third)
-        return [(folder / f'{self.network}-{self.dtype}-{t}-{k}-{third}.parquet', t, k, third)
-                for k, t, third in itertools.product(args.kinds or kinds(self.dtype), args.targets, range(3))]
+    def cells(self, args) -> list: # Values of `CELL`
+        return [(self.network, self.dtype, t, k, third) for k, t, third in itertools.product(args.kinds or kinds(self.dtype), args.targets, range(3))]
 
     def run(self, faults, images, **more): return run(self.model, images, faults, self.found, **more)
     def images(self, first, n): return Batches(self.test.dataset[first:first + n], self.test.dtype)
 
-def find(net, folder, args):
-    "Draw until the cells have enough SDCs, or enough runs"
-    for path, target, kind, third in net.cells(args, folder):
-        here, seed = thirds(net.found)[third], zlib.crc32(path.stem.encode()) // 4
-        t = pd.read_parquet(path) if path.exists() else None
-        at = t.attrs if path.exists() else dict(zip(CELL, (net.network, net.dtype, target, kind, third))) | dict(faults=0, runs=0, sdcs=0)
-        begun = at['faults']
-        while not is_full(t, at, args):
-            t, at = portion(net, here, target, kind, seed, t, at)
-            t.attrs = at
-            replace_file(path, t.to_parquet)
-        if at['faults'] > begun: print(at, flush=True)
+    def campaign(self, faults, images, folder, **more) -> pd.DataFrame:
+        "Rows of a campaign, which goes on where it was stopped"
+        return Campaign(self.model, images, faults=faults, **more).run(folder).table
 
-def is_full(t, at, args) -> bool:
-    different = at['sdcs'] if at['target'] == 'neuron' or t is None else t.fault.nunique()
-    return at['runs'] >= args.runs or (at['sdcs'] >= args.sdcs and different >= min(CLUSTERS, args.sdcs))
-
-def portion(net, here, target, kind, seed, t, at) -> tuple[pd.DataFrame, dict]:
-    "Some more faults on the next images: those that make SDCs join the others"
-    size, done = PORTION[target], at['faults']
-    batches, first = 4 if done else 1, 100 * (done // size) % (len(net.test.dataset) - 400)  # a look first: where most faults are SDCs, few are needed
-    faults = draw(net.model, here, target, kinds(net.dtype)[kind], batches * size, seed + done, 100 * batches)
-    sdc = net.run(faults, net.images(first, 100 * batches), desc=f'{at["sdcs"]} SDCs, {at["runs"]} runs').table.query("outcome == 'SDC'")
-    head = number(faults)
-    bad = faults.assign(image=faults.image + first, fault=head + done)[head.isin(sdc.fault)]
-    runs = batches * size * (1 if target == 'neuron' else 100)
-    return pd.concat([t, bad], ignore_index=True), at | dict(faults=done + batches * size, runs=at['runs'] + runs, sdcs=at['sdcs'] + len(sdc))
-
+def name_of(cell) -> str: return '-'.join(map(str, cell))
 def number(faults) -> pd.Series: return (faults.part == 0).cumsum() - 1 # Which fault of the list a row belongs to
 def thirds(found) -> list: return [found[len(found) * i // 3:len(found) * (i + 1) // 3] for i in range(3)]
 
+def portion(net, cell, done) -> tuple: # Faults on their images, where these begin among all, and how many there are
+    "The faults of a cell that come after the first so many"
+    *_, target, kind, third = cell
+    size, batches = PORTION[target], 4 if done else 1  # a look first: where most faults are SDCs, few are needed
+    first = 100 * (done // size) % (len(net.test.dataset) - 400)
+    faults = draw(net.model, thirds(net.found)[third], target, kinds(net.dtype)[kind], batches * size, zlib.crc32(name_of(cell).encode()) // 4 + done, 100 * batches)
+    return listed(faults, name_of(cell)), first, 100 * batches
+
+COUNTS = ['faults', 'runs', 'sdcs', 'made_by'] # Of a cell: faults drawn, inferences with them, SDCs, faults that made these
+
+def is_cell(t, cell) -> pd.Series: return (t[CELL] == list(cell)).all(axis=1) # Which rows of a table are of a cell
+
+def known(cell) -> tuple: # Its `COUNTS`, and the numbers of the faults that made SDCs
+    "What the committed tables say of a cell; one whose faults they do not list is as good as unknown"
+    t, bad = pd.read_csv(FOUND), pd.read_parquet(SDCS)
+    row, bad = t[is_cell(t, cell)].to_dict('records'), bad.fault[is_cell(bad, cell)].to_numpy()
+    if row and row[0]['made_by'] == len(bad): return {c: row[0][c] for c in COUNTS}, bad
+    return dict.fromkeys(COUNTS, 0), bad[:0]
+
+def find(net, args):
+    "Draw until the cells have enough SDCs, or enough runs"
+    for cell in net.cells(args):
+        at, bad = known(cell)
+        begun = at['faults']
+        while not is_full(cell, at, args):
+            faults, first, n = portion(net, cell, done := at['faults'])
+            folder = args.work / 'found' / f'{name_of(cell)}-{done}'
+            sdc = net.campaign(faults, net.images(first, n), folder).query("outcome == 'SDC'")
+            bad, here = np.append(bad, done + sdc.fault.unique()), faults.fault.nunique()
+            at = dict(zip(COUNTS, (done + here, at['runs'] + here * (100 if cell[2] == 'weight' else 1), at['sdcs'] + len(sdc), len(bad))))
+            keep(cell, at, bad)
+            shutil.rmtree(folder)
+        if at['faults'] > begun: print(name_of(cell), at, flush=True)
+
+def is_full(cell, at, args) -> bool:
+    return at['runs'] >= args.runs or (at['sdcs'] >= args.sdcs and at['made_by'] >= min(CLUSTERS, args.sdcs))
+
+@contextmanager
+def alone():
+    "One process at a time changes the tables; two networks may be at work at once"
+    with open(FOLDER / '.lock', 'w') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+def put(path, new, by):
+    "Put rows into a table, in place of those that have the same `by`"
+    read, write = (pd.read_parquet, pd.DataFrame.to_parquet) if path.suffix == '.parquet' else (pd.read_csv, pd.DataFrame.to_csv)
+    with alone():
+        old = read(path)
+        t = pd.concat([old[~old.set_index(by).index.isin(new.set_index(by).index)], new]).sort_values(by, kind='stable')
+        replace_file(path, lambda p: write(t.convert_dtypes(convert_string=False), p, index=False))
+
+def keep(cell, at, bad):
+    "Put a cell into the tables, the list of its faults first"
+    row = dict(zip(CELL, cell))
+    put(SDCS, pd.DataFrame({**row, 'fault': bad}), CELL)
+    put(FOUND, pd.DataFrame([row | at]), CELL)
+
 # ---------------------------------------------------------------- judge
 
-SDC = ['cluster', 'model', 'at'] # Number of its fault, error model, number of the layer
+def of_cell(net, cell, at, bad) -> pd.DataFrame:
+    "The faults of a cell that make SDCs, on their images among all test images"
+    parts, done = [], 0
+    while done < at['faults']:
+        faults, first, _ = portion(net, cell, done)
+        parts.append(faults.assign(fault=faults.fault + done, image=faults.image + first))
+        done += faults.fault.nunique()
+    t = pd.concat(parts, ignore_index=True)
+    return t[t.fault.isin(bad)]
 
-def judged(b:Bench, faults) -> pd.DataFrame:
-    "Faults that make SDCs once more, with all detectors looking on; a row for each SDC"
-    if faults.empty: return pd.DataFrame()
-    r = b.net.run(faults.drop(columns='fault'), b.net.images(0, faults.image.max() // 100 * 100 + 100), observers=b.observers, desc='judge')
-    keep = (r.table.outcome == 'SDC').to_numpy()
-    if keep.sum() != faults.attrs['sdcs']: raise RuntimeError(f'{faults.attrs["sdcs"]} SDCs became {keep.sum()} when they were run again')
-    t, place = r.table[keep], {n: i for i, l in enumerate(b.net.found) for n in (l.name, f'{l.path}.weight')}
-    seen = b.verdicts({k: v[torch.tensor(keep)] for k, v in r.faulty.items()})
-    return pd.DataFrame(dict(zip(SDC, (faults.fault[faults.part == 0].to_numpy()[t.fault], t.model.to_numpy(), t.layer.map(place).to_numpy()))) | seen)
+def judge_cells(b:Bench, args):
+    "Judge what was found; what other detectors said of the same SDCs is kept"
+    for cell in b.net.cells(args):
+        at, bad = known(cell)
+        if not at['runs']: print(name_of(cell), 'is not found yet', flush=True); continue
+        t = pd.read_csv(GRID)
+        old = next((r for r in t[is_cell(t, cell)].to_dict('records') if all(r[c] == at[c] for c in COUNTS)), {})
+        if not args.detectors and all(np.isfinite(old.get(f'{n} @ {f}', np.nan)) for n, f in b.thresholds): continue
+        seen, bits = judged(b, cell, at, bad, args.work / 'judged' / name_of(cell))
+        put(GRID, pd.DataFrame([old | dict(zip(CELL, cell)) | at | seen]), CELL)
+        if len(bits): put(BITS, joined(pd.read_csv(BITS), bits, [*CELL, 'bit']), [*CELL, 'bit'])
+        print(name_of(cell), at, flush=True)
 
-def judge_cells(b:Bench, folder, work, args):
-    "Judge what was found and not judged yet, or has grown since; by some detectors only, what was judged by all before"
-    for path, *_ in b.net.cells(args, folder):
-        mine, found = work / path.name, pd.read_parquet(path) if path.exists() else None
-        old = pd.read_parquet(mine) if mine.exists() else None
-        known = found is not None and old is not None and old.attrs == found.attrs
-        if found is None or known != bool(args.detectors): continue
-        t = judged(b, found)
-        if known and len(t): t = joined(old, t)
-        t.attrs = found.attrs
-        replace_file(mine, t.to_parquet)
-        print(t.attrs, flush=True)
+def joined(old, new, by) -> pd.DataFrame:
+    "Rows of `new`, with the columns that only `old` has"
+    new = new.set_index(by)
+    return new.combine_first(old.set_index(by).reindex(new.index)).reset_index()
 
-def joined(old, new) -> pd.DataFrame:
-    "Old verdicts, and new ones in their place or beside them"
-    if not (old[SDC].to_numpy() == new[SDC].to_numpy()).all(): raise RuntimeError('other SDCs than those that were judged before')
-    return pd.concat([old.drop(columns=new.columns.difference(SDC), errors='ignore'), new.drop(columns=SDC)], axis=1)
-
-# ---------------------------------------------------------------- tables
-
-def row_of(t, **more) -> dict:
-    "A cell's row: SDCs, faults that made them, and how many each detector saw"
-    names = [c for c in t if ' @ ' in c]
-    return t.attrs | more | {c: int((t[c] >= 0).sum()) for c in names if not t[c].isna().any()}
-
-def tables(work):
-    "The committed tables, from the files of the cells"
-    found = [pd.read_parquet(p) for p in sorted((work / 'found').glob('*.parquet'))]
-    pd.DataFrame([t.attrs | dict(made_by=t.fault.nunique()) for t in found]).sort_values(CELL).to_csv(FOLDER / 'found.csv', index=False)
-    full, order = [pd.read_parquet(p) for p in sorted(work.glob('*.parquet'))], CELL
-    if not full: return print('no cell is judged yet')
-    pd.DataFrame([row_of(t, made_by=t.cluster.nunique() if len(t) else 0) for t in full]).sort_values(order).to_csv(FOLDER / 'grid.csv', index=False, float_format='%.0f')
-    flips = pd.concat([t.assign(**{k: t.attrs[k] for k in order[:3]}) for t in full if len(t) and t.model.str.startswith('flip(').all()], ignore_index=True).copy()
-    flips = flips.assign(bit=flips.model.str.extract(r'bit=(\d+)')[0].astype(int))
-    by_bit = [dict(zip([*order[:3], 'bit'], k)) | {'sdcs': len(g)} | {c: int((g[c] >= 0).sum()) for c in g if ' @ 0.001' in c and not g[c].isna().any()} for k, g in flips.groupby([*order[:3], 'bit'])]
-    pd.DataFrame(by_bit).to_csv(FOLDER / 'bits.csv', index=False, float_format='%.0f')
-    pd.concat([pd.read_csv(p) for p in sorted(work.glob('*.false.csv'))]).to_csv(FOLDER / 'false.csv', index=False)
+def judged(b:Bench, cell, at, bad, folder) -> tuple: # Numbers of SDCs that each detector saw, and the same by bit
+    "The faults of a cell once more, with all detectors looking on"
+    if not len(bad): return {f'{n} @ {f}': 0 for n, f in b.thresholds}, pd.DataFrame()
+    faults = of_cell(b.net, cell, at, bad)
+    t = b.net.campaign(faults, b.net.images(0, faults.image.max() // 100 * 100 + 100), folder, detectors=b.watch()).query("outcome == 'SDC'")
+    if len(t) != at['sdcs']: raise RuntimeError(f'{name_of(cell)}: {at["sdcs"]} SDCs became {len(t)} when they were run again')
+    seen = pd.DataFrame({f'{n} @ {f}': ~(t[f'{n}.score'] <= v) for (n, f), v in b.thresholds.items()}, index=t.index)
+    shutil.rmtree(folder)
+    flipped, strict = t.bit[t.model.str.startswith('flip(')], [c for c in seen if c.endswith(f' @ {min(FPRS)}')]
+    by_bit = seen.loc[flipped.index, strict].groupby(flipped)
+    return seen.sum().to_dict(), by_bit.sum().assign(sdcs=by_bit.size(), **dict(zip(CELL, cell))).reset_index()
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -261,23 +284,19 @@ def main():
     p.add_argument('--kinds', nargs='+', default=None, help='only these error models')
     p.add_argument('--sdcs', type=int, default=1000, help='a cell is full with so many SDCs')
     p.add_argument('--runs', type=int, default=100_000, help='or with so many runs')
-    p.add_argument('--stages', nargs='+', default=['find', 'judge', 'tables'], choices=['find', 'judge', 'tables'])
+    p.add_argument('--stages', nargs='+', default=['find', 'judge'], choices=['find', 'judge'])
     p.add_argument('--detectors', nargs='+', default=[], help='judge by these only, named as in grid.csv, and keep what the others said')
     p.add_argument('--no-odd', action='store_true', help='leave out the unusual inputs')
     p.add_argument('--threads', type=int, default=1)
-    p.add_argument('--work', type=Path, default=Path(__file__).parent / 'grid', help='folder of the cells')
+    p.add_argument('--work', type=Path, default=Path(__file__).parent / 'grid', help='folder of the campaigns that are under way')
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    folder = args.work / 'found'
-    folder.mkdir(parents=True, exist_ok=True)
-    for network, dtype in () if args.stages == ['tables'] else itertools.product(args.networks, args.dtypes):
+    for network, dtype in itertools.product(args.networks, args.dtypes):
         net = Net(network, dtype)
-        if 'find' in args.stages: find(net, folder, args)
+        if 'find' in args.stages: find(net, args)
         if 'judge' not in args.stages: continue
-        b, false = Bench(net, not args.no_odd, args.detectors), args.work / f'{network}-{dtype}.false.csv'
-        old = pd.read_csv(false).query('detector not in @args.detectors') if args.detectors else None
-        pd.concat([old, b.false]).to_csv(false, index=False)
-        judge_cells(b, folder, args.work, args)
-    if 'tables' in args.stages: tables(args.work)
+        b = Bench(net, not args.no_odd, args.detectors)
+        put(FALSE, b.false, ['network', 'dtype', 'inputs', 'detector', 'fpr'])
+        judge_cells(b, args)
 
 if __name__ == '__main__': main()

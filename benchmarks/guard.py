@@ -28,7 +28,7 @@ from drdna.guard import Guard
 from drdna.profiling import profile
 from drdna.scoring import Tables
 
-from grid import NETWORKS, rivals
+from grid import NETWORKS, rivals, sentinels
 
 FOLDER = Path(__file__).parent / 'results'
 
@@ -36,10 +36,11 @@ FOLDER = Path(__file__).parent / 'results'
 
 def detectors(network, model):
     "`{name: fitted detector}`; how well they are fitted changes nothing in what they cost"
-    data = sample('profile')[:200]
-    found = layers(model, next(iter(loader(data))))
+    data = sample('profile')
+    first = next(iter(loader(data)))
+    found = layers(model, first)
     dna = {f'Dr. DNA, k={k}': DrDNA.fit(profile(model, loader(data), found, k)) for k in (8, 32, 128)}
-    return dna | fit_detectors(model, loader(data), rivals(network, model, next(iter(loader(data))), found))
+    return dna | fit_detectors(model, loader(data), rivals(network, model, first, found) | sentinels(network, model, first))
 
 def stored(detector) -> int:
     "Bytes of the numbers that a detector keeps, sites and vectors included"

@@ -1,6 +1,6 @@
 """Which looks and checks a sentinel should have: chosen by faults in training images, which no other benchmark touches
 
-For each network all looks at all layers and all checks are fitted on 1,000 training images; 2,000 others are the clean inputs, and
+For each network all looks at all layers and all checks are fitted on 4,000 training images; 2,000 others are the clean inputs, and
 400 others are struck by faults of the grid's kinds (not by those that the grid draws), until 100 different faults of a group made
 SDCs. `sentinel.choose` orders the picks by what they reveal for their price: once on the groups of faults whose values leave the usual
 range, and once on all groups. Writes sites.csv: the picks in the order of choice, with the price up to each, in microseconds and as a
@@ -18,7 +18,7 @@ from drdna.detection import collect_clean
 from drdna.leaderboard import OUT_OF_RANGE
 from drdna.sentinel import Sentinel, choose, offers, price, sizes
 
-from grid import NETWORKS, SITES, Batches, Net, draw, kinds, number, thirds
+from grid import FITTED, NETWORKS, SITES, Batches, Net, draw, kinds, number, thirds
 
 CHOOSING = 'exponent MSB', 'U(±100)', 'U(±1000)', 'U(±10)', 'zeroed channel'
 ENOUGH, FEWEST, MOST = 100, 20, 4  # different faults that make SDCs: when a group is full, with how few it does not count; SDCs that one of them adds
@@ -46,7 +46,7 @@ def look(net, det, images, faults, most) -> tuple: # Some SDCs, `(m, picks)`, an
     if bad.empty: return torch.empty(0, len(det.picks)), 0
     r = net.run(bad, images, observers={'x': det}, desc='look')
     sdc = r.table.reset_index().query("outcome == 'SDC'").groupby('fault').head(MOST)
-    return det.by_pick(r.faulty['x'][torch.tensor(sdc.index.to_numpy())]), sdc.fault.nunique()
+    return det.deviations(r.faulty['x'][torch.tensor(sdc.index.to_numpy())]), sdc.fault.nunique()
 
 @torch.inference_mode()
 def bare(model, batch) -> float: # Microseconds
@@ -61,10 +61,10 @@ AIMS = {'out of range': lambda group: group[0] in OUT_OF_RANGE, 'all': lambda gr
 def chosen(network, portions, share, batch) -> pd.DataFrame:
     "The picks of one network, for each aim"
     net, train = Net(network, 'float32'), cifar10_splits()['train']
-    fit, clean = (Batches(s, torch.float32) for s in (train[:1000], train[1000:3000]))
+    fit, clean = (Batches(s, torch.float32) for s in (train[:FITTED], train[FITTED:FITTED + 2000]))
     first = next(iter(net.test))
     det = fit_detectors(net.model, fit, {'x': Sentinel(net.model, first, offers(net.model, first))})['x']
-    clean, seen = det.by_pick(collect_clean(net.model, clean, {'x': det})['x']), groups(net, det, train[3000:3400], portions)
+    clean, seen = det.deviations(collect_clean(net.model, clean, {'x': det})['x']), groups(net, det, train[FITTED + 2000:FITTED + 2400], portions)
     size, us = sizes(net.model, first), bare(net.model, batch)
     cost = lambda picks: price(picks, det.heads, size, batch)
     res = []

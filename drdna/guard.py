@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, Range, energy, entropy, softmax_doubt
 from .checksums import Affine, Checksum, Folded, Norm, Product, Together
-from .sentinel import LOOKS, Sentinel
-from .core import Cohort, Recorder, device_of, layers as find_layers, structure, weights_hash
+from .sentinel import RANK, SEEN, Sentinel
+from .core import Cohort, Recorder, channel_axis, device_of, layers as find_layers, structure, weights_hash
 from .detection import RULES, DrDNA, Verdict, collect_clean, judge, threshold
 from .profiling import Fields, _peek, pack_layers, profile, read_tensors, unpack_layers, write_tensors
 from .scoring import Tables
@@ -237,13 +237,13 @@ def calibrate(self:Guard,
 
 # %% ../nbs/08_guard.ipynb #7671f1b9
 _REAL = (torch.float32, torch.float64)
-_KINDS = { # What a file may name, and the shapes of what that learns, if it does not say so itself; L layers, D values of the first one, P parts, F features of a layer
+_KINDS = { # What a file may name, and the shapes of what that learns, if it does not say so itself; L layers, D values of the first one, P parts, V picks, C channels whose means M of them look at
     DrDNA: {}, NonFinite: {}, Doubt: {},
     Range: {'lo': 'L', 'hi': 'L'},
     Extremes: {'mean': ('L', 3), 'unit': ('L', 3)},
     Mahalanobis: {'mean': 'D', 'inverse': 'DD'},
     Checksum: {'mean': ('L', 1), 'unit': ('L', 1)},
-    Sentinel: {'mean': 'LF', 'unit': 'LF'},
+    Sentinel: {'mean': 'V', 'unit': 'V', 'bias': ('M', RANK), 'directions': ('C', RANK)},
     Together: {'scale': 'P'}}
 
 @patch
@@ -265,7 +265,7 @@ def _made(f, make):
 
 def _learnt(d, f):
     "The detector with what it learnt"
-    size = {'L': len(d.layers), 'D': d.layers[0].size, 'P': len(getattr(d, 'parts', ())), 'F': getattr(d, 'most', 0)}
+    size = {'L': len(d.layers), 'D': d.layers[0].size, 'P': len(getattr(d, 'parts', ())), 'V': len(getattr(d, 'picks', ())), 'C': sum(c := getattr(d, 'channels', [])), 'M': sum(map(bool, c))}
     for n, shape in _KINDS[type(d)].items(): setattr(d, n, f.array(n, _REAL, tuple(size.get(s, s) for s in shape)))
     return d
 
@@ -355,9 +355,10 @@ def state(self:Sentinel):
 @patch(cls_method=True)
 def from_state(cls:Sentinel, f:Fields):
     layers, d = unpack_layers(f, sites=False)[0], cls.__new__(cls)
-    looks = f.get('looks', list, ok=lambda v: len(v) == len(layers) and all(isinstance(w, list) and w == [k for k in LOOKS if k in w] for w in v))
+    looks = f.get('looks', list, ok=lambda v: len(v) == len(layers) and all(isinstance(w, list) and w == [k for k in SEEN if k in w] for w in v))
     relations = _relations(f, layers, False)
     if {i for i, w in enumerate(looks) if w}.union(*((r.head, r.tail) for r in relations)) != {*range(len(layers))}: f.fail('looks', 'leave a layer at which nothing is watched')
+    if bad := [l.name for l, w in zip(layers, looks) if 'means' in w and not (l.shape and l.shape[channel_axis(l)] > RANK)]: f.fail('looks', f'want channel means of {bad[0]}, which has too few channels')
     d._post(layers, relations, looks)
     return _learnt(d, f)
 

@@ -3,10 +3,10 @@ import pytest, torch
 
 from drdna.baselines import fit_detectors
 from drdna.checksums import Checksum
-from drdna.core import Tap
+from drdna.core import Tap, channel_axis, layers
 from drdna.data_model import ViT
 from drdna.detection import collect_clean
-from drdna.sentinel import INTO, Sentinel, checks, choose, offers, price, sizes
+from drdna.sentinel import INTO, LOOKS, RANK, Sentinel, checks, choose, offers, price, sizes
 from torchvision.models import resnet18
 
 def net():
@@ -19,10 +19,12 @@ def vit():
 
 @pytest.fixture(scope='module', params=[net, vit])
 def made(request):
-    model, data = request.param(), list(torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(8))
-    return model, data, fit_detectors(model, data, {'x': Sentinel(model, data[0], offers(model, data[0]))})['x']
+    model, data = request.param(), list(torch.randn(80, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(8))
+    wide = {l.name for l in layers(model, data[0]) if l.shape[channel_axis(l)] > 64}  # these would take more inputs
+    picks = [p for p in offers(model, data[0]) if p[0] != 'means' or p[1] not in wide]
+    return model, data, fit_detectors(model, data, {'x': Sentinel(model, data[0], picks)})['x']
 
-def of_pick(det, seen, k): return seen.flatten(1)[:, det.at[k]]
+def of_pick(det, seen, k): return det.numbers(seen)[:, k]
 
 def test_checks_are_those_of_checksum_to_the_bit(made):
     model, data, det = made
@@ -43,7 +45,7 @@ def test_inputs_are_what_the_layer_reads(made):
 
 def test_clean_inputs_of_the_fit_stay_within_one_unit(made):
     model, data, det = made
-    d = det.by_pick(collect_clean(model, data, {'x': det})['x'])
+    d = det.deviations(collect_clean(model, data, {'x': det})['x'])
     top = d.amax(0)
     assert (((top - 1).abs() < 1e-5) | (top == 0)).all()  # 0: a number that never varies, such as the minimum behind a ReLU
     assert all(t > 0 for t, (w, _) in zip(top, det.picks) if w == "max")
@@ -51,7 +53,7 @@ def test_clean_inputs_of_the_fit_stay_within_one_unit(made):
 def test_a_layer_counts_its_largest_feature(made):
     model, data, det = made
     r = collect_clean(model, data, {'x': det})['x']
-    s, d = det.statistic(r), det.by_pick(r)
+    s, d = det.statistic(r), det.deviations(r)
     for i, l in enumerate(det.layers):
         mine = [k for k, (_, n) in enumerate(det.picks) if n == l.name]
         assert torch.equal(s[:, i], d[:, mine].amax(1) if mine else torch.zeros(len(d)))  # nothing is judged where a relation only begins
@@ -59,19 +61,43 @@ def test_a_layer_counts_its_largest_feature(made):
 def test_what_is_not_finite_alarms_at_its_layer_alone(made):
     model, data, det = made
     r = collect_clean(model, data, {'x': det})['x'][:2].clone()
-    at = [l.name for l in det.layers].index(det.picks[0][1])
-    r[0, at, 0], r[1, at, 0] = torch.nan, torch.inf
+    at, column = [l.name for l in det.layers].index(det.picks[0][1]), int(det.one[0])
+    r[0, column], r[1, column] = torch.nan, torch.inf
     s = det.statistic(r)
     assert s[:, at].isinf().all() and s.isinf().sum() == 2
+
+def test_channel_means_stray_as_far_as_the_last_components_say(made):
+    model, data, det = made
+    flat, names = collect_clean(model, data, {'x': det})['x'], [n for w, n in det.picks if w == 'means']
+    n = names[0]
+    layer, k = next(l for l in det.layers if l.name == n), det.picks.index(('means', n))
+    means = torch.cat([v for v in channel_means_of(model, data, layer)]).double()
+    values, axes = torch.linalg.eigh(means.T.cov())
+    keep = values > 1e-9 * values[-1]
+    far = (((means - means.mean(0)) @ axes[:, keep][:, :RANK])**2 / values[keep][:RANK]).sum(1).sqrt()
+    torch.testing.assert_close(of_pick(det, flat, k).double(), far, rtol=1e-3, atol=1e-3)
+    assert names == [l.name for l in layers(model, data[0]) if RANK < l.shape[channel_axis(l)] <= 64]
+
+def channel_means_of(model, data, layer):
+    "A list of `(N, C)`, by hand"
+    seen, axis = [], channel_axis(layer) % len(layer.shape) + 1
+    with torch.inference_mode(), Tap(model, [layer], lambda x, call: seen.append(x.movedim(axis, 1).flatten(2).mean(2) if x.ndim > 2 else x.clone())):
+        for x in data: model(x)
+    return seen
+
+def test_too_few_inputs_for_channel_means(made):
+    model, data, det = made
+    name = next(n for w, n in det.picks if w == 'means')
+    with pytest.raises(ValueError, match='channels need more clean inputs than 8'): fit_detectors(model, data[:1], {'x': Sentinel(model, data[0], [('means', name)])})
 
 def test_channels_last_sees_the_same(made):
     model, data, det = made
     same = [x.contiguous(memory_format=torch.channels_last) for x in data]
-    looks = [at for at, (what, _) in zip(det.at, det.picks) if what != 'check']
-    a, b = (collect_clean(model, d, {'x': det})['x'].flatten(1)[:, looks] for d in (data, same))
+    looks = [k for k, (what, _) in enumerate(det.picks) if what in LOOKS]
+    a, b = (det.numbers(collect_clean(model, d, {'x': det})['x'])[:, looks] for d in (data, same))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
-@pytest.mark.parametrize('picks, why', [([], 'no picks'), ([('max', 'fc9')], "('max', 'fc9')"), ([('mean', 'fc')], "'mean'"), ([('max in', 'relu')], "('max in', 'relu')"), ([('check', 'relu')], "('check', 'relu')")])
+@pytest.mark.parametrize('picks, why', [([], 'no picks'), ([('max', 'fc9')], "('max', 'fc9')"), ([('mean', 'fc')], "'mean'"), ([('means', 'fc')], "('means', 'fc')"), ([('max in', 'relu')], "('max in', 'relu')"), ([('check', 'relu')], "('check', 'relu')")])
 def test_a_pick_that_does_not_exist_is_named(picks, why):
     model = net()
     with pytest.raises(ValueError) as e: Sentinel(model, torch.zeros(2, 3, 32, 32), picks)
@@ -83,7 +109,7 @@ def test_a_second_look_is_cheaper_than_a_first(made):
     cost = lambda *p, **kw: price([*p], det.heads, size, **kw) - price([], det.heads, size, **kw)
     a, b, *_, far = size
     assert cost(('max', a)) < cost(('max', a), ('min', a)) < 2 * cost(('max', a))
-    assert cost(('max', a), ('max', b)) < cost(('max', a)) + cost(('max', b)) == pytest.approx(cost(('max', a), ('max', b), warm=80))  # right behind another
+    assert cost(('max', a), ('max', b)) < cost(('max', a)) + cost(('max', b)) == pytest.approx(cost(('max', a), ('max', b), warm=25))  # right behind another
     assert cost(('max', a), ('max', far)) == pytest.approx(cost(('max', a)) + cost(('max', far)))
     assert cost(*det.picks, batch=64) > cost(*det.picks, batch=32)
 

@@ -7,7 +7,7 @@ from torch import nn
 from drdna import checksums
 from drdna.baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, QuantileTree, Range, energy
 from drdna.checksums import Checksum, Together
-from drdna.sentinel import Sentinel, checks, inputs
+from drdna.sentinel import Sentinel, checks, inputs, means
 from drdna.core import Tap, layers
 from drdna.data_model import ViT
 from drdna.detection import DrDNA
@@ -249,10 +249,10 @@ def summed(request):
     "A model, inputs, and guards of its checksums: alone, with extremes, in a sentinel"
     torch.manual_seed(0)
     model = {'net': Net, 'vit': lambda: ViT(d=16, depth=1, heads=2)}[request.param]().eval().requires_grad_(False)
-    data = torch.randn(80, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(20)
+    data = torch.randn(160, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(20)
     every = layers(model, data[0], want=lambda m: True)
     check = lambda found: Checksum(model, data[0], found)
-    picks = [('check', n) for n in checks(model, data[0])] + [('max', l.name) for l in every[1::2]] + [('min in', n) for n in inputs(model, data[0])]
+    picks = [('check', n) for n in checks(model, data[0])] + [('max', l.name) for l in every[1::2]] + [('min in', n) for n in inputs(model, data[0])] + [('means', n) for n in means(model, data[0])]
     guards = [Guard.fit(model, data, fpr=.05, detector=make) for make in (check, lambda found: Together([check(found), Extremes(every[1::2])], every), lambda found: Sentinel(model, data[0], picks))]
     x = data[0][:4].clone(); x[1] *= 1e4; x[2, 0, 0, 0] = torch.nan
     yield model, x, guards
@@ -324,7 +324,7 @@ def test_damaged_parts(summed, tmp_path, message, change):
     write_tensors(tmp_path / 'g', 'guard', arrays, meta)
     with pytest.raises(ValueError, match=message): Guard.load(tmp_path / 'g', model)
 
-@pytest.mark.parametrize('looks', [[], [['median']], [['max', 'max']], [['min', 'max']], 'max', [[]], [{'max': 1}], [['max'], ['max']]])
+@pytest.mark.parametrize('looks', [[], [['median']], [['means']], [['means', 'max']], [['max', 'max']], [['min', 'max']], 'max', [[]], [{'max': 1}], [['max'], ['max']]])
 def test_damaged_looks(model, data, tmp_path, looks):
     with Guard.fit(model, data, fpr=.05, detector=lambda found: Sentinel(model, data[0], [('max', found[0].name)])) as g: g.save(tmp_path / 'g')
     arrays, meta = read_tensors(tmp_path / 'g', 'guard')

@@ -8,8 +8,8 @@ strike the 10,000 test images, on which the false-positive rates are measured.
 
 Both are campaigns (`drdna.campaign`), in folders under `--work`, so that a run that was stopped goes on where it was. What they
 give goes into the committed tables, cell by cell: found.csv, runs and SDCs; sdcs.parquet, the numbers of the faults that made
-them, from which they are drawn again; grid.csv, how many of the SDCs the detectors saw; bits.csv, the same by bit; false.csv,
-false positives. So a fresh clone goes on with larger limits, and judges another detector in minutes (`--stages judge --detectors NAME`),
+them, from which they are drawn again; grid.csv, how many of the SDCs the detectors saw; bits.csv, the same by bit, if all of
+them judged; false.csv, false positives. So a fresh clone goes on with larger limits, and judges another detector in minutes (`--stages judge --detectors NAME`),
 without the hours of the search.
 """
 import argparse, fcntl, gzip, itertools, shutil, zlib
@@ -260,13 +260,8 @@ def judge_cells(b:Bench, args):
         if not args.detectors and all(np.isfinite(old.get(f'{n} @ {f}', np.nan)) for n, f in b.thresholds): continue
         seen, bits = judged(b, cell, at, bad, args.work / 'judged' / name_of(cell))
         put(GRID, pd.DataFrame([old | dict(zip(CELL, cell)) | at | seen]), CELL)
-        if len(bits): put(BITS, joined(pd.read_csv(BITS), bits, [*CELL, 'bit']), [*CELL, 'bit'])
+        if len(bits) and not args.detectors: put(BITS, bits, [*CELL, 'bit'])
         print(name_of(cell), at, flush=True)
-
-def joined(old, new, by) -> pd.DataFrame:
-    "Rows of `new`, with the columns that only `old` has"
-    new = new.set_index(by)
-    return new.combine_first(old.set_index(by).reindex(new.index)).reset_index()
 
 def judged(b:Bench, cell, at, bad, folder) -> tuple: # Numbers of SDCs that each detector saw, and the same by bit
     "The faults of a cell once more, with all detectors looking on"

@@ -230,7 +230,7 @@ def put(path, new, by):
     with alone():
         old = read(path)
         t = pd.concat([old[~old.set_index(by).index.isin(new.set_index(by).index)], new]).sort_values(by, kind='stable')
-        replace_file(path, lambda p: write(t.convert_dtypes(convert_string=False), p, index=False))
+        replace_file(path, lambda p: write(t.convert_dtypes(), p, index=False))
 
 def keep(cell, at, bad):
     "Put a cell into the tables, the list of its faults first"

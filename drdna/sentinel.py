@@ -173,7 +173,7 @@ def _least(means) -> tuple: # `(RANK,)` and `(C, RANK)`
     varies = v > 1e-9 * v[-1] # what never varies is rounding, or a dead channel
     w = (w[:, varies] / v[varies].sqrt())[:, :RANK]
     w = F.pad(w, (0, RANK - w.shape[1]))
-    return (-means.double().mean(0) @ w).float(), w.float()
+    return (-means.double().mean(0) @ w).to(means.dtype), w.to(means.dtype)
 
 @patch
 def deviations(self:Sentinel,

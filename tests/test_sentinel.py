@@ -1,5 +1,5 @@
 """Sentinels: what a feature is, how features are judged together, and the greedy choice"""
-import pytest, torch
+import copy, pytest, torch
 
 from drdna.baselines import fit_detectors
 from drdna.checksums import Checksum
@@ -84,6 +84,13 @@ def channel_means_of(model, data, layer):
     with torch.inference_mode(), Tap(model, [layer], lambda x, call: seen.append(x.movedim(axis, 1).flatten(2).mean(2) if x.ndim > 2 else x.clone())):
         for x in data: model(x)
     return seen
+
+def test_float64_networks_have_sentinels_too(made):
+    model, data, det = made
+    double, more = copy.deepcopy(model).double(), [x.double() for x in data]
+    d = fit_detectors(double, more, {'x': Sentinel(double, more[0], [p for p in det.picks if p[0] != 'check'])})['x']
+    got = d.deviations(collect_clean(double, more, {'x': d})['x'])
+    assert got.dtype == torch.float64 and (got.amax(0) <= 1 + 1e-9).all()
 
 def test_too_few_inputs_for_channel_means(made):
     model, data, det = made

@@ -112,6 +112,7 @@ def _post(self:Sentinel, layers, relations, looks):
     self.place = torch.tensor([k for ks in mine for k in ks + ks[-1:] * (self.most - len(ks))])
     self.picks = [(w, layers[i].name) for w, i in picks]
 
+# %% ../nbs/06c_sentinel.ipynb #4f785b53
 def _but_channels(x, layer):
     "Mean of each channel, `(N, C)`"
     if x.ndim == 2: return x.clone()
@@ -127,6 +128,7 @@ def observe(self:Sentinel, x, i, call): # `(N,)` of a single look, else `(N, R)`
         seen.append(_but_channels(v, self.layers[i]) if w == 'means' else LOOKS[w](v, tuple(range(1, v.ndim))))
     return seen[0] if len(seen) == 1 else torch.column_stack(seen)
 
+# %% ../nbs/06c_sentinel.ipynb #e6f5a532
 @patch
 def collect(self:Sentinel, records:list) -> Tensor: # `(N, F)`
     "The columns of all layers, side by side"
@@ -155,6 +157,7 @@ def _strays(self:Sentinel, flat): # `(N, 1)` for each layer whose channel means 
     rows = self.directions.split([c for _, c in self.spans])
     return [torch.addmm(b, flat[:, a:a + c], w).norm(dim=1, keepdim=True) for (a, c), b, w in zip(self.spans, self.bias, rows)]
 
+# %% ../nbs/06c_sentinel.ipynb #3e8933ad
 @patch
 def learn(self:Sentinel, clean):
     "Directions first, then what is usual; raises `ValueError` if there are not more inputs than channels"
@@ -175,6 +178,7 @@ def _least(means) -> tuple: # `(RANK,)` and `(C, RANK)`
     w = F.pad(w, (0, RANK - w.shape[1]))
     return (-means.double().mean(0) @ w).to(means.dtype), w.to(means.dtype)
 
+# %% ../nbs/06c_sentinel.ipynb #948f58e5
 @patch
 def deviations(self:Sentinel,
     flat:Tensor, # `(N, F)`, from `collect`

@@ -1,27 +1,38 @@
-"""Which looks and checks a sentinel should have: chosen by faults in training images, which no other benchmark touches
+"""Which looks, checks and sums a sentinel should have: chosen by faults in training images, which no other benchmark touches
 
-For each network all looks at all layers and all checks are fitted on 4,000 training images; 2,000 others are the clean inputs, and
-400 others are struck by faults of the grid's kinds (not by those that the grid draws), until 100 different faults of a group made
-SDCs. `sentinel.choose` orders the picks by what they reveal for their price: once on the groups of faults whose values leave the usual
-range, and once on all groups. Writes sites.csv: the picks in the order of choice, with the price up to each, in microseconds and as a
-share of an inference, and recall on the faults that chose. grid.py and guard.py take those up to some share. Rows of networks that
-are not run this time are kept.
+For each network all picks at all layers are fitted on 4,000 training images; 3,000 others are the clean inputs, and 400 others are
+struck by faults of the grid's kinds (not by those that the grid draws), until 300 different faults of a group made SDCs. What a pick
+costs is measured where it will be paid: random sentinels take turns with the bare network, and non-negative least squares say what
+each part of their bill takes. Then `sentinel.choose` orders the picks by what they reveal for their price: once on the groups of faults
+whose values leave the usual range, and once on all groups.
+
+Writes costs.csv: what was measured, in microseconds, and what the random sentinels took beside what these costs say; and sites.csv:
+the picks in the order of choice, with the price up to each, in microseconds and as a share of an inference, and recall on the faults
+that chose. grid.py and guard.py take those up to some share. Rows of networks that are not run this time are kept. Deviations go to
+`--work`; where they are there, `--stages cost choose` chooses anew in a minute.
 """
-import argparse, itertools, time
+import argparse, itertools
+from pathlib import Path
 
 import numpy as np, pandas as pd, torch
+from scipy.optimize import nnls
 
 from drdna.baselines import fit_detectors
 from drdna.core import replace_file
 from drdna.data_model import cifar10_splits, normalize, sample
 from drdna.detection import collect_clean
 from drdna.leaderboard import OUT_OF_RANGE
-from drdna.sentinel import Sentinel, choose, offers, price, sizes
+from drdna.sentinel import Sentinel, bill, choose, offers, price, sizes
 
-from grid import FITTED, NETWORKS, SITES, Batches, Net, draw, kinds, number, thirds
+from grid import FITTED, FOLDER, NETWORKS, SITES, Batches, Net, draw, kinds, number, thirds
+from guard import eager, turns
+
+COSTS = FOLDER / 'costs.csv'
+
+# ---------------------------------------------------------------- what SDCs look like
 
 CHOOSING = 'exponent MSB', 'U(±100)', 'U(±1000)', 'U(±10)', 'zeroed channel'
-ENOUGH, FEWEST, MOST = 100, 20, 4  # different faults that make SDCs: when a group is full, with how few it does not count; SDCs that one of them adds
+ENOUGH, FEWEST, MOST = 300, 20, 4  # different faults that make SDCs: when a group is full, with how few it does not count; SDCs that one of them adds
 FAULTS = {'neuron': (2000, 1), 'weight': (200, 20)}  # in a portion, and how many images each strikes: many faults on few images, for SDCs of one weight look alike
 
 def groups(net, det, images, portions) -> dict: # (kind, target, third) to `(m, picks)`, the deviations of its SDCs
@@ -48,44 +59,80 @@ def look(net, det, images, faults, most) -> tuple: # Some SDCs, `(m, picks)`, an
     sdc = r.table.reset_index().query("outcome == 'SDC'").groupby('fault').head(MOST)
     return det.deviations(r.faulty['x'][torch.tensor(sdc.index.to_numpy())]), sdc.fault.nunique()
 
+def collect(net, path, portions):
+    "Keep the deviations of all picks, of clean inputs and of SDCs"
+    train = cifar10_splits()['train']
+    fit, clean = (Batches(s, net.test.dtype) for s in (train[:FITTED], train[FITTED:FITTED + 3000]))
+    first = next(iter(net.test))
+    det = fit_detectors(net.model, fit, {'x': Sentinel(net.model, first, offers(net.model, first))})['x']
+    clean = det.deviations(collect_clean(net.model, clean, {'x': det})['x'])
+    seen = groups(net, det, train[FITTED + 3000:FITTED + 3400], portions)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda p: torch.save({'picks': det.picks, 'heads': det.heads, 'sizes': sizes(net.model, first), 'clean': clean, 'seen': seen}, p))
+
+# ---------------------------------------------------------------- what they cost
+
+def some_picks(all_picks, rng) -> list:
+    "A random sentinel's: as many of each kind as a chosen one might have"
+    kinds_of = lambda *whats: [p for p in all_picks if p[0] in whats]
+    take = lambda picks, most: [picks[i] for i in rng.choice(len(picks), min(rng.integers(0, most + 1), len(picks)), replace=False)]
+    looks = kinds_of('max', 'min', 'max in', 'min in')
+    return [looks[rng.integers(len(looks))], *take(looks, 20), *take(kinds_of('means'), 2), *take(kinds_of('check'), 3), *take(kinds_of('stored'), 15)]
+
 @torch.inference_mode()
-def bare(model, batch) -> float: # Microseconds
-    "Median time of an inference"
-    x, took = normalize(sample('evaluate').images[:batch]), []
-    for _ in range(30):
-        start = time.perf_counter(); model(x); took.append(time.perf_counter() - start)
-    return 1e6 * float(np.median(took))
+def measured(net, known, batch, sentinels, rounds) -> tuple: # Bills `(sentinels, costs)`, and microseconds `(sentinels,)`; microseconds of a bare inference
+    "What random sentinels add to an inference; how they are fitted changes nothing in what they cost"
+    rng, first = np.random.default_rng(0), next(iter(net.test))
+    picks = [list(dict.fromkeys(some_picks(known['picks'], rng))) for _ in range(sentinels)]
+    fit = Batches(cifar10_splits()['train'][:1000], net.test.dtype)
+    watch = fit_detectors(net.model, fit, {str(i): Sentinel(net.model, first, p) for i, p in enumerate(picks)})
+    t = 1e6 * turns(eager(net.model, watch), normalize(sample('evaluate').images[:batch]), rounds)
+    return pd.DataFrame([bill(p, known['heads'], known['sizes'], batch) for p in picks]), np.median(t[1:] - t[0], 1), float(np.median(t[0]))
+
+def cost(net, known, batch, sentinels=32, rounds=40) -> pd.DataFrame:
+    "Rows of costs.csv: what each part of a bill takes, and an inference; the residual is the root mean square of what the costs do not explain"
+    bills, took, bare = measured(net, known, batch, sentinels, rounds)
+    costs, _ = nnls(bills.to_numpy(float), took)
+    rest = float(np.sqrt(np.mean((bills.to_numpy(float) @ costs - took)**2)))
+    rows = [*zip(bills, costs), ('bare', bare), ('residual', rest), ('mean', float(took.mean()))]
+    return pd.DataFrame([dict(network=net.network, batch=batch, sentinels=sentinels, rounds=rounds, what=w, us=us) for w, us in rows])
+
+# ---------------------------------------------------------------- the choice
 
 AIMS = {'out of range': lambda group: group[0] in OUT_OF_RANGE, 'all': lambda group: True}
 
-def chosen(network, portions, share, batch) -> pd.DataFrame:
+def chosen(network, known, share, batch) -> pd.DataFrame:
     "The picks of one network, for each aim"
-    net, train = Net(network, 'float32'), cifar10_splits()['train']
-    fit, clean = (Batches(s, torch.float32) for s in (train[:FITTED], train[FITTED:FITTED + 2000]))
-    first = next(iter(net.test))
-    det = fit_detectors(net.model, fit, {'x': Sentinel(net.model, first, offers(net.model, first))})['x']
-    clean, seen = det.deviations(collect_clean(net.model, clean, {'x': det})['x']), groups(net, det, train[FITTED + 2000:FITTED + 2400], portions)
-    size, us = sizes(net.model, first), bare(net.model, batch)
-    cost = lambda picks: price(picks, det.heads, size, batch)
-    res = []
+    costs = pd.read_csv(COSTS).query('network == @network and batch == @batch').set_index('what').us
+    how, res = lambda picks: price(picks, known['heads'], known['sizes'], batch, costs), []
     for aim, wanted in AIMS.items():
-        mine = {k: v for k, v in seen.items() if wanted(k)}
-        t = choose(det.picks, clean, mine, cost, share * us)
-        res.append(t.assign(network=network, aim=aim, added=t.cost / us, groups=len(mine), sdcs=sum(map(len, mine.values()))))
+        mine = {k: v for k, v in known['seen'].items() if wanted(k)}
+        t = choose(known['picks'], known['clean'], mine, how, share * costs.bare)
+        res.append(t.assign(network=network, aim=aim, added=t.cost / costs.bare, groups=len(mine), sdcs=sum(map(len, mine.values()))))
     return pd.concat(res)
+
+def put(path, new):
+    "Rows of one network, in place of those it had"
+    old = pd.read_csv(path) if path.exists() else new
+    t = pd.concat([old[~old.network.isin(new.network)], new])
+    replace_file(path, lambda p: t.sort_values('network', kind='stable').to_csv(p, index=False, float_format='%.5g'))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=NETWORKS)
-    p.add_argument('--portions', type=int, default=5, help='at most so many portions of faults per group')
+    p.add_argument('--stages', nargs='+', default=['collect', 'cost', 'choose'], choices=['collect', 'cost', 'choose'])
+    p.add_argument('--portions', type=int, default=10, help='at most so many portions of faults per group')
     p.add_argument('--share', type=float, default=.05, help='where the choice ends, as a share of an inference')
     p.add_argument('--batch', type=int, default=32)
     p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--work', type=Path, default=Path(__file__).parent / 'sites', help='folder of the deviations')
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     for n in a.networks:
-        t, old = chosen(n, a.portions, a.share, a.batch), pd.read_csv(SITES)
-        t = pd.concat([old[old.network != n], t]).sort_values('network', kind='stable')
-        replace_file(SITES, lambda path: t.to_csv(path, index=False, float_format='%.5g'))
+        net, path = Net(n, 'float32'), a.work / f'{n}.pt'
+        if 'collect' in a.stages: collect(net, path, a.portions)
+        known = torch.load(path, weights_only=False)
+        if 'cost' in a.stages: put(COSTS, cost(net, known, a.batch))
+        if 'choose' in a.stages: put(SITES, chosen(n, known, a.share, a.batch))
 
 if __name__ == '__main__': main()

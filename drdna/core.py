@@ -8,7 +8,7 @@ Docs: https://drdna.github.io/drdna/core.html.md"""
 __all__ = ['PHASES', 'call_model', 'device_of', 'to_device', 'undisturbed', 'tensors', 'get_item', 'put_item', 'Layer',
            'channel_axis', 'logical_shape', 'is_monitored', 'child_free', 'layers', 'batch_tensors', 'draw_sites',
            'coordinates', 'read_sites', 'Cohort', 'Call', 'view', 'unview', 'Tap', 'at_call', 'has_hooks', 'is_tapped',
-           'mitigate', 'Recorder', 'structure', 'weights_hash', 'replace_file']
+           'mitigate', 'Recorder', 'attribute', 'with_stored', 'structure', 'weights_hash', 'replace_file']
 
 # %% ../nbs/00_core.ipynb #8eff5e04
 import copy, hashlib, math, os, threading, weakref
@@ -445,6 +445,22 @@ def take(self:Recorder) -> list[Tensor]: # One result per layer
     "The results of this thread's last forward, which are then forgotten; raises `RuntimeError` if it did not reach every layer"
     try: return self.so_far(len(self.names))
     finally: self.sleep()
+
+# %% ../nbs/00_core.ipynb #29473aa2
+def attribute(root, path:str):
+    "What a dotted path leads to"
+    for name in path.split('.'): root = getattr(root, name)
+    return root
+
+def with_stored(
+    observer, # Anything with `layers`, `observe` and `collect`, and maybe `stored`
+    model:nn.Module, # The network that ran
+    records:list, # One per layer, first axis N
+) -> list: # The same, and what `stored` gives, `(N, R)`
+    "The records of one forward, as `collect` wants them"
+    look = getattr(observer, 'stored', None)
+    seen = look and look(model)
+    return records if seen is None else [*records, seen.expand(len(records[0]), -1)]
 
 # %% ../nbs/00_core.ipynb #ae7a5f0a
 def structure(model:nn.Module) -> str: # 64 hexadecimal digits

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import Cohort, Recorder, call_model, device_of, to_device, undisturbed
+from .core import Cohort, Recorder, call_model, device_of, to_device, undisturbed, with_stored
 from .profiling import Profile
 from .scoring import Tables, bins_of, fit_tables, frequencies, margin, rarity, score
 
@@ -146,7 +146,7 @@ def collect_clean(
         recs = {n: stack.enter_context(Recorder(model, d.layers, d.observe)) for n, d in detectors.items()}
         for batch in tqdm(data, desc=desc):
             call_model(model, to_device(batch, device), forward)
-            for n, d in detectors.items(): rows[n].append(d.collect(recs[n].take()).cpu())
+            for n, d in detectors.items(): rows[n].append(d.collect(with_stored(d, model, recs[n].take())).cpu())
     if not all(rows.values()): raise ValueError(f'the loader yields no batch: nothing to {desc}')
     return {n: torch.cat(v) for n, v in rows.items()}
 

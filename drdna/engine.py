@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
-from .core import Layer, Recorder, Tap, at_call, batch_tensors, has_hooks, is_tapped, call_model, child_free, device_of, logical_shape, mitigate, put_item, tensors, to_device, undisturbed, unview, view
+from .core import Layer, Recorder, Tap, at_call, attribute, batch_tensors, has_hooks, is_tapped, call_model, child_free, device_of, logical_shape, mitigate, put_item, tensors, to_device, undisturbed, unview, view, with_stored
 from .injection import NeuronFaults, bits_of, check_faults, class_flags, fault_ids, other_class, outcomes, stored_places, strikes, written
 from .injection import _places, _stored
 
@@ -85,10 +85,6 @@ class Step:
     def live(self) -> bool: return any(self.layouts) # Whether anything in its output belongs to a sample
     def tree(self, leaves): return pytree.tree_unflatten(leaves, self.spec)
 
-def _attr(root, path):
-    for name in path.split('.'): root = getattr(root, name)
-    return root
-
 # %% ../nbs/04b_engine.ipynb #842ae1d6
 _POOLS = nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d # slow on a CPU, and behind a ReLU at which half of all faults end
 
@@ -101,7 +97,7 @@ def _step(whole, node, calls):
         calls[path] = n = calls.get(path, 0) + 1
         m = whole.get_submodule(node.target)
         return Step(node, m, m, path if n == 1 else f'{path}#{n}', n, any(p.ndim > 1 for p in m.parameters()) or isinstance(m, _POOLS))
-    fn = {'call_function': lambda: node.target, 'call_method': lambda: lambda x, *a, **k: getattr(x, node.target)(*a, **k), 'get_attr': lambda: lambda: _attr(whole, node.target)}[node.op]()
+    fn = {'call_function': lambda: node.target, 'call_method': lambda: lambda x, *a, **k: getattr(x, node.target)(*a, **k), 'get_attr': lambda: lambda: attribute(whole, node.target)}[node.op]()
     return Step(node, fn, None, f'{node.name}()', heavy=any(i.op == 'get_attr' for i in node.all_input_nodes))
 
 # %% ../nbs/04b_engine.ipynb #b6a8a3b9
@@ -537,6 +533,17 @@ class Watch:
         seen = self.observer.observe(x, i, call)[:None if rows is None else len(rows)]
         if rows is None: self.golden[i], self.faulty[i] = seen, seen[image.to(seen.device)]
         else: self.faulty[i][rows.to(seen.device)] = seen
+
+    def clean(self, model): return self.observer.collect(with_stored(self.observer, model, self.golden))
+
+    def struck(self, model, load, stored):
+        "What the observer makes of the rows of a load; the faults `stored` are written once more, for an observer that looks at what the model stores"
+        records = with_stored(self.observer, model, self.faulty)
+        if len(records) > len(self.faulty):
+            records[-1] = records[-1].clone()
+            for fault, part in stored[stored.fault.isin(load.fault)].groupby('fault'):
+                with written(model, part): records[-1][torch.from_numpy(load.fault == fault)] = self.observer.stored(model)
+        return self.observer.collect(records)
 
 # %% ../nbs/04b_engine.ipynb #f54dc4a7
 class Sweep:
@@ -1088,7 +1095,7 @@ def sweeps(self:Cut,
     memory:int, # About how many bytes activations may take
 ) -> Iterable[Ran]: # First the batch without a fault
     "Run all faults on one batch"
-    watches, device = {n: Watch(o) for n, o in observers.items()}, device_of(self.model)
+    watches, device, stored = {n: Watch(o) for n, o in observers.items()}, device_of(self.model), faults[faults.target != 'neuron']
     chains = self.chains({s.module for name in faults.layer[faults.target != 'neuron'].unique() for s in self.owners[name]})
     deal = list(self._dealt(faults, chains, memory)) or [faults.assign(chain=0, count=0)]
     loads = [self._load(heads, faults, layers, device) for heads in deal]
@@ -1098,8 +1105,8 @@ def sweeps(self:Cut,
         sweep = Sweep(self, chains, self._watched(load, watches, layers), watches, load)
         env = sweep.run(env, starts[k], starts[k + 1])
         clean, out = sweep.result()
-        if k == 0: yield Ran(None, np.arange(self.size), clean, {n: w.observer.collect(w.golden) for n, w in watches.items()})
-        if len(load.fault): yield Ran(load.fault, load.image.cpu().numpy(), out, {n: w.observer.collect(w.faulty) for n, w in watches.items()})
+        if k == 0: yield Ran(None, np.arange(self.size), clean, {n: w.clean(self.model) for n, w in watches.items()})
+        if len(load.fault): yield Ran(load.fault, load.image.cpu().numpy(), out, {n: w.struck(self.model, load, stored) for n, w in watches.items()})
 
 # %% ../nbs/04b_engine.ipynb #b0312667
 def rounds(
@@ -1116,7 +1123,7 @@ def _recording(model, observers):
     "Recorders of all observers; gives a function that collects what they saw in the last forward"
     with ExitStack() as stack:
         recs = {name: (o, stack.enter_context(Recorder(model, o.layers, o.observe))) for name, o in observers.items()}
-        yield lambda: {name: o.collect(rec.take()) for name, (o, rec) in recs.items()}
+        yield lambda: {name: o.collect(with_stored(o, model, rec.take())) for name, (o, rec) in recs.items()}
 
 # %% ../nbs/04b_engine.ipynb #e6905ffc
 def _answer_layout(out, n, smaller:Callable) -> tuple: # Batch axis and slices per sample
@@ -1157,8 +1164,8 @@ def whole(
         for part in rounds(faults, together):
             heads, stored = part[part.part == 0], part.target.iloc[0] != 'neuron'
             at = np.arange(len(out)) if stored else heads.slot.to_numpy(copy=True)
-            with _naming(lambda: heads.fault), written(model, part) if stored else NeuronFaults(model, layers.values(), part, at): out = go()
-            yield Ran(np.resize(heads.fault, len(at)), at, out[at], {n: v[at] for n, v in seen().items()})
+            with _naming(lambda: heads.fault), written(model, part) if stored else NeuronFaults(model, layers.values(), part, at): out, saw = go(), seen()
+            yield Ran(np.resize(heads.fault, len(at)), at, out[at], {n: v[at] for n, v in saw.items()})
 
 # %% ../nbs/04b_engine.ipynb #bc4bb0d4
 @dataclass

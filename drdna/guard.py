@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, Range, energy, entropy, softmax_doubt
 from .checksums import Affine, Checksum, Folded, Norm, Product, Together
 from .sentinel import RANK, SEEN, Sentinel
-from .core import Cohort, Recorder, channel_axis, device_of, layers as find_layers, structure, weights_hash
+from .core import Cohort, Recorder, channel_axis, device_of, layers as find_layers, structure, weights_hash, with_stored
 from .detection import RULES, DrDNA, Verdict, collect_clean, judge, threshold
 from .profiling import Fields, _peek, pack_layers, profile, read_tensors, unpack_layers, write_tensors
 from .scoring import Tables
@@ -47,14 +47,14 @@ class Guard(nn.Module):
         "The model's output, and for every sample: alarm or not, the first abnormal layer, the score"
         if self.closed: raise RuntimeError('this guard is closed: nobody watches its model')
         self.recorder.start()
-        try: y, records = self.model(*args, **kwargs), self.recorder.so_far(len(self.layers))
+        try: y, records = self.model(*args, **kwargs), self.recorder.so_far(len(self.detector.layers))
         finally: self.recorder.sleep()
         verdict = judge(self._statistic(records), self.threshold)
         return (y, verdict) if self.on_alarm is None else self._act(verdict, y)
 
 # %% ../nbs/08_guard.ipynb #1b6dd0bc
 @patch(as_prop=True)
-def layers(self:Guard) -> list: return self.detector.layers # `verdict.layer` counts in this list
+def layers(self:Guard) -> list: return getattr(self.detector, 'places', self.detector.layers) # `verdict.layer` counts in this list
 
 @patch
 def close(self:Guard):
@@ -105,7 +105,7 @@ def _observe(self:Guard, x, i, call):
 @torch.no_grad()
 def _statistic(self:Guard, records) -> Tensor: # `(N, L)`
     _move(self.detector, self.numbers, records[0].device)
-    return self.detector.statistic(torch.cat(records, 1) if self.stop else self.detector.collect(records))
+    return self.detector.statistic(torch.cat(records, 1) if self.stop else self.detector.collect(with_stored(self.detector, self.model, records)))
 
 def _numbers(d) -> list: # Names
     "What a detector keeps in tensors of its own; Dr. DNA's follow what it reads"
@@ -350,7 +350,7 @@ def _relations(f:Fields, layers:list, everywhere:bool=True) -> list:
 @patch
 def state(self:Sentinel):
     arrays, meta = super(Sentinel, self).state()
-    return arrays, meta | {'looks': self.looks}
+    return arrays | {'sums': self.sums}, meta | {'looks': self.looks, 'kept': [[n, *names] for n, names in self.kept.items()]}
 
 @patch(cls_method=True)
 def from_state(cls:Sentinel, f:Fields):
@@ -359,7 +359,9 @@ def from_state(cls:Sentinel, f:Fields):
     relations = _relations(f, layers, False)
     if {i for i, w in enumerate(looks) if w}.union(*((r.head, r.tail) for r in relations)) != {*range(len(layers))}: f.fail('looks', 'leave a layer at which nothing is watched')
     if bad := [l.name for l, w in zip(layers, looks) if 'means' in w and not (l.shape and l.shape[channel_axis(l)] > RANK)]: f.fail('looks', f'want channel means of {bad[0]}, which has too few channels')
-    d._post(layers, relations, looks)
+    kept = f.get('kept', list, ok=lambda v: all(isinstance(r, list) and len(r) > 1 and all(isinstance(n, str) for n in r) for r in v))
+    d._post(layers, relations, looks, {n: names for n, *names in kept})
+    d.sums = f.array('sums', (torch.int64,), (len(d.kept),))
     return _learnt(d, f)
 
 # %% ../nbs/08_guard.ipynb #2eaebe39

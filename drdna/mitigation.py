@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from .core import Call, Layer, Recorder, Tap, call_model, channel_axis, device_of, structure, to_device, undisturbed, view
+from .core import Call, Layer, Recorder, Tap, call_model, channel_axis, device_of, structure, to_device, undisturbed, view, with_stored
 from .detection import Verdict, judge
 from .injection import _stored, bits_of
 from .profiling import Profile
@@ -184,7 +184,7 @@ def judged(
     def go(*args, **kwargs):
         with repair(), Recorder(model, detector.layers, detector.observe) as rec:
             y = model(*args, **kwargs)
-            return y, judge(detector.statistic(detector.collect(rec.take())), t)
+            return y, judge(detector.statistic(detector.collect(with_stored(detector, model, rec.take()))), t)
     return go
 
 # %% ../nbs/07_mitigation.ipynb #72f31e81
@@ -200,6 +200,7 @@ class Repaired:
     @property
     def layers(self) -> list: return self.detector.layers
     def observe(self, x:Tensor, i:int, call:Call|None=None) -> Tensor: return self.detector.observe(self.mend[self.layers[i].name](x), i, call)
+    def stored(self, model): return self.detector.stored(model) if hasattr(self.detector, 'stored') else None
     def collect(self, records:list) -> Tensor: return self.detector.collect(records)
     def statistic(self, records:Tensor) -> Tensor: return self.detector.statistic(records)
 

@@ -60,7 +60,7 @@ def mixture(model, found):
 def plain(x): return bits_of(x.nan_to_num(1.5, torch.inf, -torch.inf))  # which of several NaNs an instruction passes on is not defined
 
 class Look:
-    "An observer that sees the whole of every layer's output and input: two sums over the bits, in integers, which threads cannot round differently"
+    "An observer that sees the whole of every layer's output and input, and of all that is stored: two sums over the bits, in integers, which threads cannot round differently"
     def __init__(self, layers): self.layers = layers
     def sums(self, x):
         bits = plain(x.flatten(1)).long()
@@ -68,6 +68,7 @@ class Look:
     def observe(self, x, i, call):
         given = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, torch.Tensor) and a.ndim > 1 and len(a) == len(x)]
         return self.sums(x) + sum((k + 2) * self.sums(a) for k, a in enumerate(given) if a.is_floating_point())
+    def stored(self, model): return sum(self.sums(t.detach()[None]) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
     def collect(self, records): return torch.stack(records, 1)
 
 def same(a, b): return torch.equal(*(plain(t) if t.is_floating_point() else t for t in (a, b)))

@@ -7,7 +7,7 @@ from torch import nn
 from drdna import checksums
 from drdna.baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, QuantileTree, Range, energy
 from drdna.checksums import Checksum, Together
-from drdna.sentinel import Sentinel, checks, inputs, means
+from drdna.sentinel import Sentinel, checks, inputs, means, storing
 from drdna.core import Tap, layers
 from drdna.data_model import ViT
 from drdna.detection import DrDNA
@@ -252,7 +252,7 @@ def summed(request):
     data = torch.randn(160, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(20)
     every = layers(model, data[0], want=lambda m: True)
     check = lambda found: Checksum(model, data[0], found)
-    picks = [('check', n) for n in checks(model, data[0])] + [('max', l.name) for l in every[1::2]] + [('min in', n) for n in inputs(model, data[0])] + [('means', n) for n in means(model, data[0])]
+    picks = [('check', n) for n in checks(model, data[0])] + [('max', l.name) for l in every[1::2]] + [('min in', n) for n in inputs(model, data[0])] + [('means', n) for n in means(model, data[0])] + [('stored', n) for n in storing(model, data[0])]
     guards = [Guard.fit(model, data, fpr=.05, detector=make) for make in (check, lambda found: Together([check(found), Extremes(every[1::2])], every), lambda found: Sentinel(model, data[0], picks))]
     x = data[0][:4].clone(); x[1] *= 1e4; x[2, 0, 0, 0] = torch.nan
     yield model, x, guards
@@ -330,6 +330,16 @@ def test_damaged_looks(model, data, tmp_path, looks):
     arrays, meta = read_tensors(tmp_path / 'g', 'guard')
     write_tensors(tmp_path / 'g', 'guard', arrays, meta | {'looks': looks})
     with pytest.raises(ValueError, match="field 'looks'"): Guard.load(tmp_path / 'g', model)
+
+@pytest.mark.parametrize('field, change', [('kept', lambda meta, a: meta['kept'].append('fc')), ('kept', lambda meta, a: meta['kept'][0].clear()), ('kept', lambda meta, a: meta['kept'][0].append(1)),
+                                           ('sums', lambda meta, a: meta['kept'].pop()), ('sums', lambda meta, a: a.update(sums=a['sums'].float()))])
+def test_damaged_sums(summed, tmp_path, field, change):
+    model, x, guards = summed
+    guards[2].save(tmp_path / 'g')
+    arrays, meta = read_tensors(tmp_path / 'g', 'guard')
+    change(meta, arrays)
+    write_tensors(tmp_path / 'g', 'guard', arrays, meta)
+    with pytest.raises(ValueError, match=f"field '{field}'"): Guard.load(tmp_path / 'g', model)
 
 # ---------------------------------------------------------------- bad input
 

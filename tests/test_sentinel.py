@@ -6,7 +6,7 @@ from drdna.checksums import Checksum
 from drdna.core import Tap, channel_axis, layers
 from drdna.data_model import ViT
 from drdna.detection import collect_clean
-from drdna.sentinel import INTO, LOOKS, RANK, Sentinel, checks, choose, offers, price, sizes
+from drdna.sentinel import COSTS, INTO, LOOKS, RANK, Sentinel, checks, choose, offers, price, sizes, storing
 from torchvision.models import resnet18
 
 def net():
@@ -92,6 +92,32 @@ def test_float64_networks_have_sentinels_too(made):
     got = d.deviations(collect_clean(double, more, {'x': d})['x'])
     assert got.dtype == torch.float64 and (got.amax(0) <= 1 + 1e-9).all()
 
+def test_any_changed_bit_of_what_is_stored_alarms_at_its_layer(made):
+    model, data, det = made
+    model, kept, bits = copy.deepcopy(model), storing(model, data[0]), torch.Generator().manual_seed(2)
+    clean = det.statistic(collect_clean(model, data, {'x': det})['x'])
+    assert {n for names in kept.values() for n in names} == {n for n, t in model.state_dict().items() if t.is_floating_point() and n != 'position'}
+    for layer, names in kept.items():
+        t = model.state_dict()[names[-1]].view(-1)
+        at, word = torch.randint(len(t), (), generator=bits), 1 << int(torch.randint(31, (), generator=bits))
+        t.view(torch.int32)[at] ^= word
+        seen = det.stored(model)
+        assert seen.isinf().sum() == 1
+        s = det.statistic(det.collect([*[torch.zeros(3, w) for w in widths(det)], seen.expand(3, -1)]))
+        assert s[:, len(det.layers) + [*kept].index(layer)].isinf().all() and det.places[len(det.layers) + [*kept].index(layer)].name == layer
+        t.view(torch.int32)[at] ^= word
+    assert not det.stored(model).any() and torch.equal(clean, det.statistic(collect_clean(model, data, {'x': det})['x']))
+
+def widths(det): return [(i in det.begins or i in det.ends) + sum(det.channels[i] if w == 'means' else 1 for w in ws) for i, ws in enumerate(det.looks)]
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float64])
+def test_bits_add_up_in_any_width_and_layout(dtype):
+    model, x = net().to(dtype).to(memory_format=torch.channels_last), torch.zeros(2, 3, 32, 32, dtype=dtype)
+    d = Sentinel(model, x, [('max', 'fc'), ('stored', 'conv1'), ('stored', 'fc')])
+    assert not d.stored(model).any()
+    model.fc.bias[0] += 1
+    assert d.stored(model).tolist() == [[0, torch.inf]]
+
 def test_too_few_inputs_for_channel_means(made):
     model, data, det = made
     name = next(n for w, n in det.picks if w == 'means')
@@ -104,7 +130,7 @@ def test_channels_last_sees_the_same(made):
     a, b = (det.numbers(collect_clean(model, d, {'x': det})['x'])[:, looks] for d in (data, same))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
-@pytest.mark.parametrize('picks, why', [([], 'no picks'), ([('max', 'fc9')], "('max', 'fc9')"), ([('mean', 'fc')], "'mean'"), ([('means', 'fc')], "('means', 'fc')"), ([('max in', 'relu')], "('max in', 'relu')"), ([('check', 'relu')], "('check', 'relu')")])
+@pytest.mark.parametrize('picks, why', [([], 'no picks'), ([('stored', 'fc')], 'no picks of activations'), ([('max', 'fc'), ('stored', 'relu')], "('stored', 'relu')"), ([('max', 'fc9')], "('max', 'fc9')"), ([('mean', 'fc')], "'mean'"), ([('means', 'fc')], "('means', 'fc')"), ([('max in', 'relu')], "('max in', 'relu')"), ([('check', 'relu')], "('check', 'relu')")])
 def test_a_pick_that_does_not_exist_is_named(picks, why):
     model = net()
     with pytest.raises(ValueError) as e: Sentinel(model, torch.zeros(2, 3, 32, 32), picks)
@@ -116,7 +142,7 @@ def test_a_second_look_is_cheaper_than_a_first(made):
     cost = lambda *p, **kw: price([*p], det.heads, size, **kw) - price([], det.heads, size, **kw)
     a, b, *_, far = size
     assert cost(('max', a)) < cost(('max', a), ('min', a)) < 2 * cost(('max', a))
-    assert cost(('max', a), ('max', b)) < cost(('max', a)) + cost(('max', b)) == pytest.approx(cost(('max', a), ('max', b), warm=25))  # right behind another
+    assert cost(('max', a), ('max', b)) < cost(('max', a)) + cost(('max', b)) == pytest.approx(cost(('max', a), ('max', b), costs=COSTS | {'warm': COSTS['cold']}))  # right behind another
     assert cost(('max', a), ('max', far)) == pytest.approx(cost(('max', a)) + cost(('max', far)))
     assert cost(*det.picks, batch=64) > cost(*det.picks, batch=32)
 

@@ -33,22 +33,20 @@ COSTS = FOLDER / 'costs.csv'
 
 CHOOSING = 'exponent MSB', 'U(±100)', 'U(±1000)', 'U(±10)', 'zeroed channel'
 ENOUGH, FEWEST, MOST = 300, 20, 4  # different faults that make SDCs: when a group is full, with how few it does not count; SDCs that one of them adds
+GROUPS = [*itertools.product(CHOOSING, ('neuron', 'weight'), range(3))]
 FAULTS = {'neuron': (2000, 1), 'weight': (200, 20)}  # in a portion, and how many images each strikes: many faults on few images, for SDCs of one weight look alike
 
-def groups(net, det, images, portions) -> dict: # (kind, target, third) to `(m, picks)`, the deviations of its SDCs
-    "What SDCs look like: of each group enough, or what so many portions of faults give, four times as many where the aim is to see all; two that make none end the group"
-    res = {}
-    for (i, kind), target, (third, here) in itertools.product(enumerate(CHOOSING), FAULTS, enumerate(thirds(net.found))):
-        (n, struck), seen, made = FAULTS[target], [], 0
-        data = Batches(images, net.test.dtype, 100 if target == 'neuron' else struck)
-        for k in range(portions * (4 if kind in OUT_OF_RANGE else 1)):
-            faults = draw(net.model, here, target, kinds(net.dtype)[kind], n, 10**8 + 10**6 * i + 10**5 * third + 10**4 * k, len(images), struck)
-            d, different = look(net, det, data, faults, ENOUGH - made)
-            seen.append(d); made += different
-            if made >= ENOUGH or (k == 1 and not made): break
-        if made >= FEWEST: res[kind, target, third] = torch.cat(seen)
-        print(net.network, kind, target, 'third', third + 1, f'{made} of {(k + 1) * n} faults made SDCs', flush=True)
-    return res
+def group(net, det, images, portions, kind, target, third) -> torch.Tensor: # `(m, picks)`, of as many SDCs as it takes
+    "Deviations of enough SDCs of a group, or of what so many portions of faults give, four times as many where the aim is to see all; two that make none end it"
+    (n, struck), seen, made, i = FAULTS[target], [], 0, CHOOSING.index(kind)
+    data = Batches(images, net.test.dtype, 100 if target == 'neuron' else struck)
+    for k in range(portions * (4 if kind in OUT_OF_RANGE else 1)):
+        faults = draw(net.model, thirds(net.found)[third], target, kinds(net.dtype)[kind], n, 10**8 + 10**6 * i + 10**5 * third + 10**4 * k, len(images), struck)
+        d, different = look(net, det, data, faults, ENOUGH - made)
+        seen.append(d); made += different
+        if made >= ENOUGH or (k == 1 and not made): break
+    print(net.network, kind, target, 'third', third + 1, f'{made} of {(k + 1) * n} faults made SDCs', flush=True)
+    return torch.cat(seen) if made >= FEWEST else seen[0][:0]
 
 def look(net, det, images, faults, most) -> tuple: # Some SDCs, `(m, picks)`, and how many faults made them
     "Deviations of SDCs that the first faults to make some do make"
@@ -59,16 +57,23 @@ def look(net, det, images, faults, most) -> tuple: # Some SDCs, `(m, picks)`, an
     sdc = r.table.reset_index().query("outcome == 'SDC'").groupby('fault').head(MOST)
     return det.deviations(r.faulty['x'][torch.tensor(sdc.index.to_numpy())]), sdc.fault.nunique()
 
-def collect(net, path, portions):
-    "Keep the deviations of all picks, of clean inputs and of SDCs"
-    train = cifar10_splits()['train']
+def file_of(folder, *group): return folder / f'{"-".join(map(str, group))}.pt'
+
+def collect(net, folder, portions):
+    "Keep the deviations of all picks, of clean inputs and, group by group, of SDCs; what is there stays"
+    folder.mkdir(parents=True, exist_ok=True)
+    keep = lambda what, path: replace_file(path, lambda p: torch.save(what, p))
+    if not (left := [g for g in GROUPS if not file_of(folder, *g).exists()]): return
+    train, first = cifar10_splits()['train'], next(iter(net.test))
     fit, clean = (Batches(s, net.test.dtype) for s in (train[:FITTED], train[FITTED:FITTED + 3000]))
-    first = next(iter(net.test))
     det = fit_detectors(net.model, fit, {'x': Sentinel(net.model, first, offers(net.model, first))})['x']
-    clean = det.deviations(collect_clean(net.model, clean, {'x': det})['x'])
-    seen = groups(net, det, train[FITTED + 3000:FITTED + 3400], portions)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda p: torch.save({'picks': det.picks, 'heads': det.heads, 'sizes': sizes(net.model, first), 'clean': clean, 'seen': seen}, p))
+    keep(dict(picks=det.picks, heads=det.heads, sizes=sizes(net.model, first), clean=det.deviations(collect_clean(net.model, clean, {'x': det})['x'])), file_of(folder, 'clean'))
+    for g in left: keep(group(net, det, train[FITTED + 3000:FITTED + 3400], portions, *g), file_of(folder, *g))
+
+def collected(folder) -> dict: # `picks`, `heads`, `sizes`, `clean`, and `seen`: (kind, target, third) to `(m, picks)`
+    "What `collect` has kept"
+    load = lambda path: torch.load(path, weights_only=False)
+    return load(file_of(folder, 'clean')) | {'seen': {g: d for g in GROUPS if file_of(folder, *g).exists() and len(d := load(file_of(folder, *g)))}}
 
 # ---------------------------------------------------------------- what they cost
 
@@ -121,7 +126,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=NETWORKS)
     p.add_argument('--stages', nargs='+', default=['collect', 'cost', 'choose'], choices=['collect', 'cost', 'choose'])
-    p.add_argument('--portions', type=int, default=10, help='at most so many portions of faults per group')
+    p.add_argument('--portions', type=int, default=5, help='at most so many portions of faults per group')
     p.add_argument('--share', type=float, default=.05, help='where the choice ends, as a share of an inference')
     p.add_argument('--batch', type=int, default=32)
     p.add_argument('--threads', type=int, default=1)
@@ -129,9 +134,9 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     for n in a.networks:
-        net, path = Net(n, 'float32'), a.work / f'{n}.pt'
-        if 'collect' in a.stages: collect(net, path, a.portions)
-        known = torch.load(path, weights_only=False)
+        net, folder = Net(n, 'float32'), a.work / n
+        if 'collect' in a.stages: collect(net, folder, a.portions)
+        known = collected(folder)
         if 'cost' in a.stages: put(COSTS, cost(net, known, a.batch))
         if 'choose' in a.stages: put(SITES, chosen(n, known, a.share, a.batch))
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .core import Layer
+from .core import Layer, as_float
 from .detection import collect_clean
 
 # %% ../nbs/06_baselines.ipynb #ddac68b6
@@ -36,7 +36,7 @@ class LayerDetector:
     def observe(self, x:Tensor, i:int, call=None) -> Tensor: # `(N, R)`
         "What is kept of layer i"
         x = as_it_lies(x) if self.any_order else x.flatten(1)
-        return self.reduce(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return self.reduce(as_float(x))
     def collect(self, records:list) -> Tensor: return torch.stack(records, 1) # `(N, L, R)`
     def learn(self, clean:Tensor): "Take from clean records, `(n, L, R)`, what is usual"
 

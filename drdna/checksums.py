@@ -183,9 +183,10 @@ class Checksum(Standardised):
 @patch
 def collect(self:Checksum, records:list) -> Tensor: # `(N, L, 1)`
     "What each relation leaves over, at the layer where it ends; 0 elsewhere"
-    left = [torch.zeros_like(records[0])] * len(records)
-    for r in self.relations: left[r.tail] = records[r.tail] if r.head == r.tail else records[r.tail] + records[r.head]
-    return torch.stack(left, 1)
+    def left(i):
+        if (r := self.ends.get(i)) is None: return torch.zeros_like(records[0])
+        return records[i] if r.head == i else records[i] + records[r.head]
+    return torch.stack([left(i) for i in range(len(records))], 1)
 
 
 # %% ../nbs/06b_checksums.ipynb #95e2ff2f
@@ -198,6 +199,7 @@ class Together(LayerDetector):
     ):
         wanted = {l.name for p in parts for l in p.layers}
         if lost := wanted - {l.name for l in order}: raise ValueError(f'order has no layer {min(lost)!r}')
+        if any(getattr(p, 'kept', None) for p in parts): raise ValueError('a part looks at stored tensors: a sentinel of all its picks can do that, but not beside others')
         super().__init__([l for l in order if l.name in wanted])
         place = {l.name: i for i, l in enumerate(self.layers)}
         self.parts, self.mine = parts, [[place[l.name] for l in p.layers] for p in parts] # where each part's layers are among all

@@ -7,8 +7,8 @@ Docs: https://drdna.github.io/drdna/core.html.md"""
 # %% auto #0
 __all__ = ['PHASES', 'call_model', 'device_of', 'to_device', 'undisturbed', 'tensors', 'get_item', 'put_item', 'Layer',
            'channel_axis', 'logical_shape', 'is_monitored', 'child_free', 'layers', 'batch_tensors', 'draw_sites',
-           'coordinates', 'read_sites', 'Cohort', 'Call', 'view', 'unview', 'Tap', 'at_call', 'has_hooks', 'is_tapped',
-           'mitigate', 'Recorder', 'attribute', 'with_stored', 'structure', 'weights_hash', 'replace_file']
+           'coordinates', 'as_float', 'read_sites', 'Cohort', 'Call', 'view', 'unview', 'Tap', 'at_call', 'has_hooks',
+           'is_tapped', 'mitigate', 'Recorder', 'attribute', 'with_stored', 'structure', 'weights_hash', 'replace_file']
 
 # %% ../nbs/00_core.ipynb #8eff5e04
 import copy, hashlib, math, os, threading, weakref
@@ -212,6 +212,10 @@ def coordinates(
         raise IndexError(f'site {int(index.max() if index.min() >= 0 else index.min())} is outside the logical shape {shape}')
     return torch.unravel_index(index, shape)
 
+def as_float(x:Tensor) -> Tensor:
+    "At least float32, in which sums over half precision are taken"
+    return x if x.dtype == torch.float64 else x.float() # no `promote_types`, which older exports take for an operation of the graph
+
 def read_sites(
     x:Tensor, # A layer's output in its logical shape, `(N, *shape)`
     coords:tuple, # From `coordinates`
@@ -247,7 +251,7 @@ class Cohort:
         if self.extremes is not None:
             flat, v, e = x.flatten(1), v[:, :self.k], v[:, self.k:]
             v = torch.cat([v, torch.stack([e[:, 0], flat.amax(1), e[:, 1], flat.amin(1)], 1)], 1)
-        return v if v.dtype == torch.float64 else v.float()
+        return as_float(v)
 
 # %% ../nbs/00_core.ipynb #d0da7651
 PHASES = ('inject', 'observe', 'mitigate')
@@ -459,7 +463,7 @@ def with_stored(
 ) -> list: # The same, and what `stored` gives, `(N, R)`
     "The records of one forward, as `collect` wants them"
     look = getattr(observer, 'stored', None)
-    seen = look and look(model)
+    seen = None if look is None else look(model)
     return records if seen is None else [*records, seen.expand(len(records[0]), -1)]
 
 # %% ../nbs/00_core.ipynb #ae7a5f0a

@@ -102,7 +102,6 @@ def _observe(self:Guard, x, i, call):
     return self.detector.observe(x, i, call)
 
 @patch
-@torch.no_grad()
 def _statistic(self:Guard, records) -> Tensor: # `(N, L)`
     _move(self.detector, self.numbers, records[0].device)
     return self.detector.statistic(torch.cat(records, 1) if self.stop else self.detector.collect(with_stored(self.detector, self.model, records)))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .baselines import as_it_lies
 from .checksums import Checksum, relations
-from .core import Layer, Tap, attribute, batch_tensors, call_model, channel_axis, device_of, layers as find_layers, tensors, to_device, undisturbed
+from .core import Layer, Tap, as_float, attribute, batch_tensors, call_model, channel_axis, device_of, layers as find_layers, tensors, to_device, undisturbed
 from .detection import threshold
 
 # %% ../nbs/06c_sentinel.ipynb #dc59887e
@@ -145,8 +145,7 @@ def observe(self:Sentinel, x, i, call): # `(N,)` of a single look, else `(N, R)`
 @patch
 def collect(self:Sentinel, records:list) -> Tensor: # `(N, F)`
     "The columns of all layers, side by side"
-    flat = torch.column_stack(records)
-    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return as_float(torch.column_stack(records))
 
 @patch
 def numbers(self:Sentinel,

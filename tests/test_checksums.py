@@ -9,6 +9,7 @@ from drdna.data_model import ViT
 from drdna.detection import collect_clean
 from drdna.guard import Guard
 from drdna.injection import NeuronFaults, draw_neurons, uniform
+from drdna.sentinel import Sentinel
 
 def image(n=4, px=32): return torch.randn(n, 3, px, px, generator=torch.Generator().manual_seed(1))
 
@@ -115,6 +116,7 @@ def test_together_is_the_larger_of_its_parts():
     assert torch.equal(got.amax(1), want)
     assert got.shape == (4, len(both.layers)) and [l.name for l in both.layers] == [l.name for l in every if l.name in {m.name for p in parts for m in p.layers}]
     with pytest.raises(ValueError, match='layer1.0.relu#2'): Together([Extremes(blocks)], every[:3])
+    with pytest.raises(ValueError, match='stored tensors'): Together([Sentinel(model, x, [('max', 'fc'), ('stored', 'fc')]), Extremes(blocks)], every)
 
 def test_a_guard_of_both_compiles_and_says_what_it_cannot():
     model, x = built('vit')

@@ -1,33 +1,27 @@
 """Which looks, checks and sums a sentinel should have: chosen by faults in training images, which no other benchmark touches
 
 For each network all picks at all layers are fitted on 4,000 training images; 3,000 others are the clean inputs, and 400 others are
-struck by faults of the grid's kinds (not by those that the grid draws), until 300 different faults of a group made SDCs. What a pick
-costs is measured where it will be paid: random sentinels take turns with the bare network, and non-negative least squares say what
-each part of their bill takes. Then `sentinel.choose` orders the picks by what they reveal for their price: once on the groups of faults
-whose values leave the usual range, and once on all groups.
+struck by faults of the grid's kinds (not by those that the grid draws), until 300 different faults of a group made SDCs.
+`sentinel.choose` orders the picks by what they reveal for their price: once on the groups of faults whose values leave the usual
+range, and once on all groups.
 
-Writes costs.csv: what was measured, in microseconds, and what the random sentinels took beside what these costs say; and sites.csv:
-the picks in the order of choice, with the price up to each, in microseconds and as a share of an inference, and recall on the faults
-that chose. grid.py and guard.py take those up to some share. Rows of networks that are not run this time are kept. Deviations go to
-`--work`; where they are there, `--stages cost choose` chooses anew in a minute.
+Writes sites.csv: the picks in the order of choice, with the price up to each, in microseconds and as a share of an inference, and
+recall on the faults that chose. grid.py and guard.py take those up to some share. Rows of networks that are not run this time are
+kept. Deviations stay in `--work`, group by group, so that a run that was stopped goes on, and `--stages choose` chooses anew in a minute.
 """
-import argparse, itertools
+import argparse, itertools, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
-from scipy.optimize import nnls
 
 from drdna.baselines import fit_detectors
 from drdna.core import replace_file
 from drdna.data_model import cifar10_splits, normalize, sample
 from drdna.detection import collect_clean
 from drdna.leaderboard import OUT_OF_RANGE
-from drdna.sentinel import Sentinel, bill, choose, offers, price, sizes
+from drdna.sentinel import Sentinel, choose, offers, price, sizes
 
-from grid import FITTED, FOLDER, NETWORKS, SITES, Batches, Net, draw, kinds, number, thirds
-from guard import eager, turns
-
-COSTS = FOLDER / 'costs.csv'
+from grid import FITTED, NETWORKS, SITES, Batches, Net, draw, kinds, number, thirds
 
 # ---------------------------------------------------------------- what SDCs look like
 
@@ -75,45 +69,25 @@ def collected(folder) -> dict: # `picks`, `heads`, `sizes`, `clean`, and `seen`:
     load = lambda path: torch.load(path, weights_only=False)
     return load(file_of(folder, 'clean')) | {'seen': {g: d for g in GROUPS if file_of(folder, *g).exists() and len(d := load(file_of(folder, *g)))}}
 
-# ---------------------------------------------------------------- what they cost
-
-def some_picks(all_picks, rng) -> list:
-    "A random sentinel's: as many of each kind as a chosen one might have"
-    kinds_of = lambda *whats: [p for p in all_picks if p[0] in whats]
-    take = lambda picks, most: [picks[i] for i in rng.choice(len(picks), min(rng.integers(0, most + 1), len(picks)), replace=False)]
-    looks = kinds_of('max', 'min', 'max in', 'min in')
-    return [looks[rng.integers(len(looks))], *take(looks, 20), *take(kinds_of('means'), 2), *take(kinds_of('check'), 3), *take(kinds_of('stored'), 15)]
-
-@torch.inference_mode()
-def measured(net, known, batch, sentinels, rounds) -> tuple: # Bills `(sentinels, costs)`, and microseconds `(sentinels,)`; microseconds of a bare inference
-    "What random sentinels add to an inference; how they are fitted changes nothing in what they cost"
-    rng, first = np.random.default_rng(0), next(iter(net.test))
-    picks = [list(dict.fromkeys(some_picks(known['picks'], rng))) for _ in range(sentinels)]
-    fit = Batches(cifar10_splits()['train'][:1000], net.test.dtype)
-    watch = fit_detectors(net.model, fit, {str(i): Sentinel(net.model, first, p) for i, p in enumerate(picks)})
-    t = 1e6 * turns(eager(net.model, watch), normalize(sample('evaluate').images[:batch]), rounds)
-    return pd.DataFrame([bill(p, known['heads'], known['sizes'], batch) for p in picks]), np.median(t[1:] - t[0], 1), float(np.median(t[0]))
-
-def cost(net, known, batch, sentinels=32, rounds=40) -> pd.DataFrame:
-    "Rows of costs.csv: what each part of a bill takes, and an inference; the residual is the root mean square of what the costs do not explain"
-    bills, took, bare = measured(net, known, batch, sentinels, rounds)
-    costs, _ = nnls(bills.to_numpy(float), took)
-    rest = float(np.sqrt(np.mean((bills.to_numpy(float) @ costs - took)**2)))
-    rows = [*zip(bills, costs), ('bare', bare), ('residual', rest), ('mean', float(took.mean()))]
-    return pd.DataFrame([dict(network=net.network, batch=batch, sentinels=sentinels, rounds=rounds, what=w, us=us) for w, us in rows])
-
 # ---------------------------------------------------------------- the choice
 
 AIMS = {'out of range': lambda group: group[0] in OUT_OF_RANGE, 'all': lambda group: True}
 
+@torch.inference_mode()
+def bare(model, batch) -> float: # Microseconds
+    "Median time of an inference"
+    x, took = normalize(sample('evaluate').images[:batch]), []
+    for _ in range(30):
+        start = time.perf_counter(); model(x); took.append(time.perf_counter() - start)
+    return 1e6 * float(np.median(took))
+
 def chosen(network, known, share, batch) -> pd.DataFrame:
     "The picks of one network, for each aim"
-    costs = pd.read_csv(COSTS).query('network == @network and batch == @batch').set_index('what').us
-    how, res = lambda picks: price(picks, known['heads'], known['sizes'], batch, costs), []
+    how, us, res = lambda picks: price(picks, known['heads'], known['sizes'], batch), bare(NETWORKS[network](), batch), []
     for aim, wanted in AIMS.items():
         mine = {k: v for k, v in known['seen'].items() if wanted(k)}
-        t = choose(known['picks'], known['clean'], mine, how, share * costs.bare)
-        res.append(t.assign(network=network, aim=aim, added=t.cost / costs.bare, groups=len(mine), sdcs=sum(map(len, mine.values()))))
+        t = choose(known['picks'], known['clean'], mine, how, share * us)
+        res.append(t.assign(network=network, aim=aim, added=t.cost / us, groups=len(mine), sdcs=sum(map(len, mine.values()))))
     return pd.concat(res)
 
 def put(path, new):
@@ -125,7 +99,7 @@ def put(path, new):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=NETWORKS)
-    p.add_argument('--stages', nargs='+', default=['collect', 'cost', 'choose'], choices=['collect', 'cost', 'choose'])
+    p.add_argument('--stages', nargs='+', default=['collect', 'choose'], choices=['collect', 'choose'])
     p.add_argument('--portions', type=int, default=5, help='at most so many portions of faults per group')
     p.add_argument('--share', type=float, default=.05, help='where the choice ends, as a share of an inference')
     p.add_argument('--batch', type=int, default=32)
@@ -134,10 +108,8 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     for n in a.networks:
-        net, folder = Net(n, 'float32'), a.work / n
-        if 'collect' in a.stages: collect(net, folder, a.portions)
-        known = collected(folder)
-        if 'cost' in a.stages: put(COSTS, cost(net, known, a.batch))
-        if 'choose' in a.stages: put(SITES, chosen(n, known, a.share, a.batch))
+        folder = a.work / n
+        if 'collect' in a.stages: collect(Net(n, 'float32'), folder, a.portions)
+        if 'choose' in a.stages: put(SITES, chosen(n, collected(folder), a.share, a.batch))
 
 if __name__ == '__main__': main()

@@ -8,7 +8,8 @@ Docs: https://drdna.github.io/drdna/core.html.md"""
 __all__ = ['PHASES', 'call_model', 'device_of', 'to_device', 'undisturbed', 'tensors', 'get_item', 'put_item', 'Layer',
            'channel_axis', 'logical_shape', 'is_monitored', 'child_free', 'layers', 'batch_tensors', 'draw_sites',
            'coordinates', 'as_float', 'read_sites', 'Cohort', 'Call', 'view', 'unview', 'Tap', 'at_call', 'has_hooks',
-           'is_tapped', 'mitigate', 'Recorder', 'attribute', 'with_stored', 'structure', 'weights_hash', 'replace_file']
+           'is_tapped', 'mitigate', 'Recorder', 'attribute', 'stored_in', 'with_stored', 'kept_by', 'structure',
+           'weights_hash', 'replace_file']
 
 # %% ../nbs/00_core.ipynb #8eff5e04
 import copy, hashlib, math, os, threading, weakref
@@ -456,15 +457,25 @@ def attribute(root, path:str):
     for name in path.split('.'): root = getattr(root, name)
     return root
 
+def stored_in(
+    model:nn.Module, # The network
+    names:Iterable[str], # Of parameters and buffers; `AttributeError` if there is none of a name
+) -> Callable: # A function without arguments, which gives the tensors as they are now
+    "Find tensors once, to have them quickly then"
+    owners = [attribute(model, path) if path else model for path, _, _ in (n.rpartition('.') for n in names)]
+    places = [(m._parameters if n.rpartition('.')[2] in m._parameters else m._buffers, n.rpartition('.')[2]) for m, n in zip(owners, names)]
+    if bad := [n for n, (where, key) in zip(names, places) if key not in where]: raise AttributeError(f'the model stores no {bad[0]!r}')
+    return lambda: [where[key] for where, key in places]
+
 def with_stored(
-    observer, # Anything with `layers`, `observe` and `collect`, and maybe `stored`
-    model:nn.Module, # The network that ran
+    observer, # Anything with `layers`, `observe` and `collect`, and maybe `kept` and `stored`
     records:list, # One per layer, first axis N
+    now:Callable, # From `stored_in`, of the observer's `kept`
 ) -> list: # The same, and what `stored` gives, `(N, R)`
     "The records of one forward, as `collect` wants them"
-    look = getattr(observer, 'stored', None)
-    seen = None if look is None else look(model)
-    return records if seen is None else [*records, seen.expand(len(records[0]), -1)]
+    return [*records, observer.stored(now()).expand(len(records[0]), -1)] if kept_by(observer) else records
+
+def kept_by(observer) -> list: return getattr(observer, 'kept', []) # Names of the stored tensors that an observer looks at
 
 # %% ../nbs/00_core.ipynb #ae7a5f0a
 def structure(model:nn.Module) -> str: # 64 hexadecimal digits

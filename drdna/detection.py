@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import Cohort, Recorder, call_model, device_of, to_device, undisturbed, with_stored
+from .core import Cohort, Recorder, call_model, device_of, kept_by, stored_in, to_device, undisturbed, with_stored
 from .profiling import Profile
 from .scoring import Tables, bins_of, fit_tables, frequencies, margin, rarity, score
 
@@ -143,10 +143,10 @@ def collect_clean(
     "What detectors collect on clean inputs, in one pass"
     rows, device = {n: [] for n in detectors}, device_of(model)
     with undisturbed(model), ExitStack() as stack:
-        recs = {n: stack.enter_context(Recorder(model, d.layers, d.observe)) for n, d in detectors.items()}
+        recs, now = {n: stack.enter_context(Recorder(model, d.layers, d.observe)) for n, d in detectors.items()}, {n: stored_in(model, kept_by(d)) for n, d in detectors.items()}
         for batch in tqdm(data, desc=desc):
             call_model(model, to_device(batch, device), forward)
-            for n, d in detectors.items(): rows[n].append(d.collect(with_stored(d, model, recs[n].take())).cpu())
+            for n, d in detectors.items(): rows[n].append(d.collect(with_stored(d, recs[n].take(), now[n])).cpu())
     if not all(rows.values()): raise ValueError(f'the loader yields no batch: nothing to {desc}')
     return {n: torch.cat(v) for n, v in rows.items()}
 

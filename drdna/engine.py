@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
-from .core import Layer, Recorder, Tap, at_call, attribute, batch_tensors, has_hooks, is_tapped, call_model, child_free, device_of, logical_shape, mitigate, put_item, tensors, to_device, undisturbed, unview, view, with_stored
+from .core import Layer, Recorder, Tap, at_call, attribute, batch_tensors, has_hooks, is_tapped, call_model, child_free, device_of, kept_by, logical_shape, mitigate, put_item, stored_in, tensors, to_device, undisturbed, unview, view, with_stored
 from .injection import NeuronFaults, bits_of, check_faults, class_flags, fault_ids, other_class, outcomes, stored_places, strikes, written
 from .injection import _places, _stored
 
@@ -521,8 +521,8 @@ class MadeCall:
 
 class Watch:
     "What one observer sees of one batch"
-    def __init__(self, observer):
-        self.observer, self.place = observer, {l.name: i for i, l in enumerate(observer.layers)}
+    def __init__(self, observer, model):
+        self.observer, self.place, self.now = observer, {l.name: i for i, l in enumerate(observer.layers)}, stored_in(model, kept_by(observer))
         self.golden, self.faulty = [None] * len(self.place), [None] * len(self.place)
 
     def begin(self, image): self.faulty = [None if g is None else g[image.to(g.device)] for g in self.golden]
@@ -534,15 +534,15 @@ class Watch:
         if rows is None: self.golden[i], self.faulty[i] = seen, seen[image.to(seen.device)]
         else: self.faulty[i][rows.to(seen.device)] = seen
 
-    def clean(self, model): return self.observer.collect(with_stored(self.observer, model, self.golden))
+    def clean(self): return self.observer.collect(with_stored(self.observer, self.golden, self.now))
 
     def struck(self, model, load, stored):
         "What the observer makes of the rows of a load; the faults `stored` are written once more, for an observer that looks at what the model stores"
-        records = with_stored(self.observer, model, self.faulty)
-        if len(records) > len(self.faulty):
+        records = with_stored(self.observer, self.faulty, self.now)
+        if kept_by(self.observer):
             records[-1] = records[-1].clone()
             for fault, part in stored[stored.fault.isin(load.fault)].groupby('fault'):
-                with written(model, part): records[-1][torch.from_numpy(load.fault == fault)] = self.observer.stored(model)
+                with written(model, part): records[-1][torch.from_numpy(load.fault == fault)] = self.observer.stored(self.now())
         return self.observer.collect(records)
 
 # %% ../nbs/04b_engine.ipynb #f54dc4a7
@@ -1095,7 +1095,7 @@ def sweeps(self:Cut,
     memory:int, # About how many bytes activations may take
 ) -> Iterable[Ran]: # First the batch without a fault
     "Run all faults on one batch"
-    watches, device, stored = {n: Watch(o) for n, o in observers.items()}, device_of(self.model), faults[faults.target != 'neuron']
+    watches, device, stored = {n: Watch(o, self.model) for n, o in observers.items()}, device_of(self.model), faults[faults.target != 'neuron']
     chains = self.chains({s.module for name in faults.layer[faults.target != 'neuron'].unique() for s in self.owners[name]})
     deal = list(self._dealt(faults, chains, memory)) or [faults.assign(chain=0, count=0)]
     loads = [self._load(heads, faults, layers, device) for heads in deal]
@@ -1105,7 +1105,7 @@ def sweeps(self:Cut,
         sweep = Sweep(self, chains, self._watched(load, watches, layers), watches, load)
         env = sweep.run(env, starts[k], starts[k + 1])
         clean, out = sweep.result()
-        if k == 0: yield Ran(None, np.arange(self.size), clean, {n: w.clean(self.model) for n, w in watches.items()})
+        if k == 0: yield Ran(None, np.arange(self.size), clean, {n: w.clean() for n, w in watches.items()})
         if len(load.fault): yield Ran(load.fault, load.image.cpu().numpy(), out, {n: w.struck(self.model, load, stored) for n, w in watches.items()})
 
 # %% ../nbs/04b_engine.ipynb #b0312667
@@ -1122,8 +1122,8 @@ def rounds(
 def _recording(model, observers):
     "Recorders of all observers; gives a function that collects what they saw in the last forward"
     with ExitStack() as stack:
-        recs = {name: (o, stack.enter_context(Recorder(model, o.layers, o.observe))) for name, o in observers.items()}
-        yield lambda: {name: o.collect(with_stored(o, model, rec.take())) for name, (o, rec) in recs.items()}
+        recs = {name: (o, stack.enter_context(Recorder(model, o.layers, o.observe)), stored_in(model, kept_by(o))) for name, o in observers.items()}
+        yield lambda: {name: o.collect(with_stored(o, rec.take(), now)) for name, (o, rec, now) in recs.items()}
 
 # %% ../nbs/04b_engine.ipynb #e6905ffc
 def _answer_layout(out, n, smaller:Callable) -> tuple: # Batch axis and slices per sample

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, Range, energy, entropy, softmax_doubt
 from .checksums import Affine, Checksum, Folded, Norm, Product, Together
 from .sentinel import RANK, SEEN, Sentinel
-from .core import Cohort, Recorder, channel_axis, device_of, layers as find_layers, structure, weights_hash, with_stored
+from .core import Cohort, Recorder, channel_axis, device_of, kept_by, layers as find_layers, stored_in, structure, weights_hash, with_stored
 from .detection import RULES, DrDNA, Verdict, collect_clean, judge, threshold
 from .profiling import Fields, _peek, pack_layers, profile, read_tensors, unpack_layers, write_tensors
 from .scoring import Tables
@@ -40,7 +40,7 @@ class Guard(nn.Module):
         self.model, self.detector, self.threshold, self.info = model, detector, threshold, info or {}
         self.on_alarm, self.stop, self.closed, self.training = on_alarm, stop, False, model.training
         self._check()
-        self.numbers, self.dtypes = _numbers(detector), [_DTYPES.get(l.dtype) for l in detector.layers]
+        self.numbers, self.dtypes, self.now = _numbers(detector), [_DTYPES.get(l.dtype) for l in detector.layers], stored_in(model, kept_by(detector))
         self.recorder = Recorder(model, detector.layers, self._stopper() if stop else self._observe, asleep=True)
 
     def forward(self, *args, **kwargs) -> tuple[object, Verdict]:
@@ -104,7 +104,7 @@ def _observe(self:Guard, x, i, call):
 @patch
 def _statistic(self:Guard, records) -> Tensor: # `(N, L)`
     _move(self.detector, self.numbers, records[0].device)
-    return self.detector.statistic(torch.cat(records, 1) if self.stop else self.detector.collect(with_stored(self.detector, self.model, records)))
+    return self.detector.statistic(torch.cat(records, 1) if self.stop else self.detector.collect(with_stored(self.detector, records, self.now)))
 
 def _numbers(d) -> list: # Names
     "What a detector keeps in tensors of its own; Dr. DNA's follow what it reads"
@@ -349,7 +349,7 @@ def _relations(f:Fields, layers:list, everywhere:bool=True) -> list:
 @patch
 def state(self:Sentinel):
     arrays, meta = super(Sentinel, self).state()
-    return arrays | {'sums': self.sums}, meta | {'looks': self.looks, 'kept': [[n, *names] for n, names in self.kept.items()]}
+    return arrays | {'sums': self.sums}, meta | {'looks': self.looks, 'kept': self.kept}
 
 @patch(cls_method=True)
 def from_state(cls:Sentinel, f:Fields):
@@ -358,8 +358,7 @@ def from_state(cls:Sentinel, f:Fields):
     relations = _relations(f, layers, False)
     if {i for i, w in enumerate(looks) if w}.union(*((r.head, r.tail) for r in relations)) != {*range(len(layers))}: f.fail('looks', 'leave a layer at which nothing is watched')
     if bad := [l.name for l, w in zip(layers, looks) if 'means' in w and not (l.shape and l.shape[channel_axis(l)] > RANK)]: f.fail('looks', f'want channel means of {bad[0]}, which has too few channels')
-    kept = f.get('kept', list, ok=lambda v: all(isinstance(r, list) and len(r) > 1 and all(isinstance(n, str) for n in r) for r in v))
-    d._post(layers, relations, looks, {n: names for n, *names in kept})
+    d._post(layers, relations, looks, f.get('kept', list, ok=lambda v: all(isinstance(n, str) for n in v)))
     d.sums = f.array('sums', (torch.int64,), (len(d.kept),))
     return _learnt(d, f)
 

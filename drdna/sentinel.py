@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .baselines import as_it_lies
 from .checksums import Checksum, relations
-from .core import Layer, Tap, as_float, attribute, batch_tensors, call_model, channel_axis, device_of, layers as find_layers, tensors, to_device, undisturbed
+from .core import Layer, Tap, as_float, batch_tensors, call_model, channel_axis, device_of, layers as find_layers, stored_in, tensors, to_device, undisturbed
 from .detection import threshold
 
 # %% ../nbs/06c_sentinel.ipynb #dc59887e
@@ -47,10 +47,9 @@ def means(model:nn.Module, batch, forward:Callable|None=None) -> list: # Names
     "Layers whose channel means can be looked at: convolution, linear, normalisation and attention layers with more than `RANK` channels"
     return [l.name for l in find_layers(model, batch, forward=forward) if l.shape and l.shape[channel_axis(l)] > RANK]
 
-def storing(model:nn.Module, batch, forward:Callable|None=None) -> dict: # Layer's name to the names of its tensors
-    "Layers that store something, such as weights, biases or running statistics"
-    of = lambda path: [f'{path}.{n}'.removeprefix('.') for (n,), _ in tensors({**model.get_submodule(path)._parameters, **model.get_submodule(path)._buffers})]
-    return {l.name: names for l in find_layers(model, batch, lambda m: True, forward=forward) if l.call == 1 and (names := of(l.path))}
+def storing(model:nn.Module, batch=None, forward:Callable|None=None) -> list: # Names
+    "Tensors whose bits can be added up: parameters and buffers, such as weights or running statistics"
+    return [n for (n,), _ in tensors({**dict(model.named_parameters()), **dict(model.named_buffers())})]
 
 PICKS = {'max': outputs, 'min': outputs, 'max in': inputs, 'min in': inputs, 'means': means, 'check': checks, 'stored': storing} # What can be picked, and where
 OUT, INTO = {'max': Tensor.amax, 'min': Tensor.amin}, {'max in': Tensor.amax, 'min in': Tensor.amin}
@@ -73,7 +72,7 @@ class Sentinel(Checksum):
     def __init__(self,
         model:nn.Module, # The network, with the right weights
         batch, # One batch as the loader yields it
-        picks:list, # Pairs `(what, layer)`: one of `PICKS`, and a layer's name; a `check` is named by the layer where its relation ends
+        picks:list, # Pairs `(what, layer)`: one of `PICKS`, and a layer's name; a `check` is named by the layer where its relation ends, `stored` by the tensor
         forward:Callable|None=None, # `forward(model, batch)` if the default call does not fit
     ):
         "Raises `ValueError` for a pick that the model does not offer"
@@ -82,11 +81,11 @@ class Sentinel(Checksum):
         wanted = {n for what, n in picks if what != 'stored'} | {head for head, _ in ends.values()}
         here = [l for l in find_layers(model, batch, lambda m: True, forward=forward) if l.name in wanted]
         place = {l.name: i for i, l in enumerate(here)}
-        self._post(here, [replace(r, head=place[head], tail=place[n]) for n, (head, r) in ends.items()], [[w for w in SEEN if (w, l.name) in picks] for l in here], {n: offered['stored'][n] for what, n in picks if what == 'stored'})
-        self.sums = self._add_up(model)
+        self._post(here, [replace(r, head=place[head], tail=place[n]) for n, (head, r) in ends.items()], [[w for w in SEEN if (w, l.name) in picks] for l in here], [n for what, n in picks if what == 'stored'])
+        self.sums = _bit_sums(stored_in(model, self.kept)())
 
     @property
-    def places(self) -> list: # What the columns of `statistic` stand for: layers that are looked at, and those whose stored tensors are
+    def places(self) -> list: # What the columns of `statistic` stand for: layers, and stored tensors
         return [*self.layers, *(Layer(n, n, 'stored', (), '') for n in self.kept)]
     @property
     def heads(self) -> dict: # Layer where a relation ends to the one where it begins
@@ -98,13 +97,13 @@ def _known(picks, model, batch, forward) -> dict:
     if unknown := {what for what, _ in picks} - {*PICKS}: raise ValueError(f'pick of {min(unknown)!r}: choose from {[*PICKS]}')
     offered = {what: PICKS[what](model, batch, forward) for what in {w for w, _ in picks}}
     for what, n in picks:
-        if n not in offered[what]: raise ValueError(f'pick {(what, n)!r}: the model does not offer it; layers with a {what!r}: {[*offered[what]]}')
+        if n not in offered[what]: raise ValueError(f'pick {(what, n)!r}: the model does not offer it; there is a {what!r} of {[*offered[what]]}')
     return offered
 
 # %% ../nbs/06c_sentinel.ipynb #4974ded6
 @patch
 def _post(self:Sentinel, layers, relations, looks, kept):
-    "Say which columns make the number of each pick, and which picks are a layer's; `kept` names the tensors of layers whose bits are added up"
+    "Say which columns make the number of each pick, and which picks are a layer's; `kept` names the stored tensors"
     self._watch(layers, relations, [])
     self.kept, self.looks, self.channels = kept, looks, [l.shape[channel_axis(l)] if 'means' in ws else 0 for l, ws in zip(layers, looks)]
     at, picks, n = {}, [], 0 # where the columns of a layer's `check`, look or means begin
@@ -167,26 +166,19 @@ def _follow(self:Sentinel, device):
 def _strays(self:Sentinel, flat): # `(N, 1)` for each layer whose channel means are looked at
     "How far channel means are from where clean ones are, along the directions in which these vary least"
     rows = self.directions.split([c for _, c in self.spans])
-    return [torch.addmm(b, flat[:, a:a + c], w).norm(dim=1, keepdim=True) for (a, c), b, w in zip(self.spans, self.bias, rows)]
+    return [torch.linalg.vector_norm(torch.addmm(b, flat[:, a:a + c], w), dim=1, keepdim=True) for (a, c), b, w in zip(self.spans, self.bias, rows)]
 
 # %% ../nbs/06c_sentinel.ipynb #cbdbd669
-def _bits(t): # int64, a single number
-    "Sum of a tensor's bits, in the widest words that fit; whole numbers, so that the order does not matter"
-    t = as_it_lies(t.detach().unsqueeze(0)).flatten()
-    word = next(w for w in (torch.int64, torch.int32, torch.int16, torch.int8) if t.nbytes % w.itemsize == 0)
-    return t.view(word).sum(dtype=torch.int64)
+def _bit_sums(tensors) -> Tensor: # int64 `(S,)`
+    "Sums of bits, in the widest words that fit; whole numbers, so that the order does not matter"
+    word = lambda t: next(w for w in (torch.int64, torch.int32, torch.int16, torch.int8) if t.nbytes % w.itemsize == 0)
+    flat = lambda t: t.flatten() if t.is_contiguous() else as_it_lies(t.unsqueeze(0)).flatten()
+    return torch.stack([flat(t).view(word(t)).sum(dtype=torch.int64) for t in tensors]) if tensors else torch.empty(0, dtype=torch.int64)
 
 @patch
-def _add_up(self:Sentinel, model): # int64 `(S,)`
-    "Sums of the bits that layers store"
-    sums = [[_bits(attribute(model, n)) for n in names] for names in self.kept.values()]
-    return torch.stack([sum(more, one) for one, *more in sums]) if sums else torch.empty(0, dtype=torch.int64)
-
-@patch
-def stored(self:Sentinel, model:nn.Module) -> Tensor|None: # `(1, S)`, if there is anything to add up
-    "Infinity for layers whose stored bits do not add up to what they did when the sentinel was made, else 0"
-    if not self.kept: return
-    sums = self._add_up(model)
+def stored(self:Sentinel, tensors:list) -> Tensor: # `(1, S)`
+    "Infinity where the bits of a stored tensor do not add up to what they did when the sentinel was made, else 0"
+    sums = _bit_sums(tensors)
     self._follow(sums.device)
     return torch.where(sums == self.sums, 0., torch.inf).unsqueeze(0)
 
@@ -222,31 +214,29 @@ def deviations(self:Sentinel,
 @patch
 def judge_layers(self:Sentinel, flat):
     d = self.deviations(flat)
-    return (F.pad(d, (0, 1)) if self.idle else d).index_select(1, self.place).unflatten(1, (-1, self.most)).amax(-1)
+    return (F.pad(d, (0, 1)) if self.idle else d).index_select(1, self.place).view(len(d), -1, self.most).amax(-1) # `unflatten` and `Tensor.norm` are Python
 
 # %% ../nbs/06c_sentinel.ipynb #6d7038a9
 class Size(NamedTuple):
-    "How much there is to read at a layer, and whether its channels come first"
+    "How much there is to read at a layer, and whether its channels come first; or in a stored tensor"
     into: float # Bytes per sample
     out: float # Bytes per sample
     first: bool
-    stored: int # Bytes
-    tensors: int # How many these are in
+    stored: int = 0 # Bytes in all, of a stored tensor
 
-def sizes(model:nn.Module, batch, forward:Callable|None=None) -> dict: # Layer's name, in execution order, to `Size`
-    "How much there is to read at each layer"
-    seen, n, names = {}, len(next(batch_tensors(batch))), storing(model, batch, forward)
-    def note(x, call):
-        kept = [attribute(model, n) for n in names.get(call.layer.name, ())]
-        seen[call.layer.name] = Size(sum(a.nbytes for a in call.args if isinstance(a, Tensor)) / n, x.nbytes / n, channel_axis(call.layer) == 0, sum(t.nbytes for t in kept), len(kept))
+def sizes(model:nn.Module, batch, forward:Callable|None=None) -> dict: # Name to `Size`: layers in execution order, then stored tensors
+    "How much there is to read of everything that can be picked"
+    seen, n, names = {}, len(next(batch_tensors(batch))), storing(model)
+    def note(x, call): seen[call.layer.name] = Size(sum(a.nbytes for a in call.args if isinstance(a, Tensor)) / n, x.nbytes / n, channel_axis(call.layer) == 0)
     _walk(model, batch, forward, note)
-    return seen
+    return seen | {n: Size(0, 0, False, t.nbytes) for n, t in zip(names, stored_in(model, names)())}
 
 COSTS = {'verdict': 250, # whatever is picked; microseconds, as all of them
          'cold': 25, 'warm': 15, # a hook, and one right behind that of the layer before
          'look': 22, 'check': 120, # two sums, and a vector that is spread out
          'means': 75, 'means, channels first': 150, # with what is made of them; so many short sums are slow
-         'sum': 6, 'MB': 42} # a stored tensor, and a megabyte of anything that is read
+         'MB': 42, # a megabyte of activations, which were written just before
+         'sum': 10, 'stored MB': 100} # a stored tensor, and a megabyte of them, which come from memory
 
 def bill(
     picks:list, # From `Sentinel.picks`
@@ -255,14 +245,14 @@ def bill(
     batch:int=32, # Samples in a batch
 ) -> dict: # What has a cost to how much there is of it
     "What a sentinel with these picks has to do for a batch"
-    kept = [sizes[n] for what, n in picks if what == 'stored']
+    kept = [sizes[n].stored for what, n in picks if what == 'stored']
     reads = [(n, what not in INTO) for what, n in picks if what != 'stored'] + [(heads[n], False) for what, n in picks if what == 'check']
     hooked, order = {n for n, _ in reads}, [*sizes]
     warm = len({n for before, n in zip(order, order[1:]) if before in hooked} & hooked)
     of = lambda *whats: [n for what, n in picks if what in whats]
     first = sum(sizes[n].first for n in of('means'))
     return {'verdict': 1, 'cold': len(hooked) - warm, 'warm': warm, 'look': len(of(*LOOKS)), 'check': len(of('check')), 'means': len(of('means')) - first,
-            'means, channels first': first, 'sum': sum(s.tensors for s in kept), 'MB': sum(batch * sizes[n][out] for n, out in reads) / 1e6 + sum(s.stored for s in kept) / 1e6}
+            'means, channels first': first, 'MB': sum(batch * sizes[n][out] for n, out in reads) / 1e6, 'sum': len(kept), 'stored MB': sum(kept) / 1e6}
 
 def price(
     picks:list, # From `Sentinel.picks`

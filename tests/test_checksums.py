@@ -116,7 +116,7 @@ def test_together_is_the_larger_of_its_parts():
     assert torch.equal(got.amax(1), want)
     assert got.shape == (4, len(both.layers)) and [l.name for l in both.layers] == [l.name for l in every if l.name in {m.name for p in parts for m in p.layers}]
     with pytest.raises(ValueError, match='layer1.0.relu#2'): Together([Extremes(blocks)], every[:3])
-    with pytest.raises(ValueError, match='stored tensors'): Together([Sentinel(model, x, [('max', 'fc'), ('stored', 'fc')]), Extremes(blocks)], every)
+    with pytest.raises(ValueError, match='stored tensors'): Together([Sentinel(model, x, [('max', 'fc'), ('stored', 'fc.weight')]), Extremes(blocks)], every)
 
 def test_a_guard_of_both_compiles_and_says_what_it_cannot():
     model, x = built('vit')

@@ -61,14 +61,14 @@ def plain(x): return bits_of(x.nan_to_num(1.5, torch.inf, -torch.inf))  # which 
 
 class Look:
     "An observer that sees the whole of every layer's output and input, and of all that is stored: two sums over the bits, in integers, which threads cannot round differently"
-    def __init__(self, layers): self.layers = layers
+    def __init__(self, layers, model): self.layers, self.kept = layers, [n for n, t in model.state_dict(keep_vars=True).items() if t.is_floating_point()]
     def sums(self, x):
         bits = plain(x.flatten(1)).long()
         return torch.stack([bits.sum(1), (bits * torch.arange(1, bits.shape[1] + 1)).sum(1)], 1)
     def observe(self, x, i, call):
         given = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, torch.Tensor) and a.ndim > 1 and len(a) == len(x)]
         return self.sums(x) + sum((k + 2) * self.sums(a) for k, a in enumerate(given) if a.is_floating_point())
-    def stored(self, model): return sum(self.sums(t.detach()[None]) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+    def stored(self, tensors): return sum(self.sums(t.detach()[None]) for t in tensors)
     def collect(self, records): return torch.stack(records, 1)
 
 def same(a, b): return torch.equal(*(plain(t) if t.is_floating_point() else t for t in (a, b)))
@@ -91,7 +91,7 @@ def test_swept_is_whole(name, threads):
     torch.set_num_threads(threads)
     model, x = built(name)
     found, before = layers(model, x), weights_hash(model)
-    faults, look = mixture(model, found), {'look': Look(found)}
+    faults, look = mixture(model, found), {'look': Look(found, model)}
     with warnings.catch_warnings():
         warnings.simplefilter('error' if threads == 1 else 'ignore')  # on one thread a network that is not cut would prove nothing
         fast = run(model, [x], faults, found, look, images=6, memory=2**24)
@@ -115,7 +115,7 @@ def test_together_is_alone(name):
 def test_dropped_is_kept(name, monkeypatch):
     model, x = built(name)
     found = layers(model, x)
-    faults, look, dropped = mixture(model, found), {'look': Look(found)}, []
+    faults, look, dropped = mixture(model, found), {'look': Look(found, model)}, []
     alive = Sweep._alive
     def count(self, rows, *rest):
         res = alive(self, rows, *rest)
@@ -438,7 +438,7 @@ def test_repairs_in_place_and_across_channels(known):
     faults = draw_weights(model, 30, uniform(lo=-20, hi=20))
     if known: faults = pd.concat([faults, draw_neurons(found, 60, flip())])
     repairs = {'in place': lambda: Tap(model, found, lambda v, call: v.clamp_(-.3, .3), 'mitigate'), 'across': lambda: Tap(model, found, lambda v, call: torch.where(v.abs().amax(1, keepdim=True) > 3, 0, v), 'mitigate')}
-    fast, slow = (run(model, [x], faults, found if known else [], {'look': Look(found)} if known else {}, repairs, images=8, sweep=s) for s in (True, False))
+    fast, slow = (run(model, [x], faults, found if known else [], {'look': Look(found, model)} if known else {}, repairs, images=8, sweep=s) for s in (True, False))
     assert agree(fast, slow) and all(agree(fast.repaired[n], slow.repaired[n]) for n in repairs)
 
 def test_memory_counts_what_a_row_takes():

@@ -3,7 +3,7 @@ import copy, pytest, torch
 
 from drdna.baselines import fit_detectors
 from drdna.checksums import Checksum
-from drdna.core import Tap, channel_axis, layers
+from drdna.core import Tap, channel_axis, layers, stored_in
 from drdna.data_model import ViT
 from drdna.detection import collect_clean
 from drdna.sentinel import COSTS, INTO, LOOKS, RANK, Sentinel, checks, choose, offers, price, sizes, storing
@@ -94,29 +94,31 @@ def test_float64_networks_have_sentinels_too(made):
 
 def test_any_changed_bit_of_what_is_stored_alarms_at_its_layer(made):
     model, data, det = made
-    model, kept, bits = copy.deepcopy(model), storing(model, data[0]), torch.Generator().manual_seed(2)
+    model, kept, bits = copy.deepcopy(model), storing(model), torch.Generator().manual_seed(2)
+    now = stored_in(model, kept)
     clean = det.statistic(collect_clean(model, data, {'x': det})['x'])
-    assert {n for names in kept.values() for n in names} == {n for n, t in model.state_dict().items() if t.is_floating_point() and n != 'position'}
-    for layer, names in kept.items():
-        t = model.state_dict()[names[-1]].view(-1)
+    assert {*kept} == {n for n, t in model.state_dict().items() if t.is_floating_point()} and det.kept == kept
+    for i, name in enumerate(kept):
+        t = model.state_dict()[name].view(-1)
         at, word = torch.randint(len(t), (), generator=bits), 1 << int(torch.randint(31, (), generator=bits))
         t.view(torch.int32)[at] ^= word
-        seen = det.stored(model)
+        seen = det.stored(now())
         assert seen.isinf().sum() == 1
         s = det.statistic(det.collect([*[torch.zeros(3, w) for w in widths(det)], seen.expand(3, -1)]))
-        assert s[:, len(det.layers) + [*kept].index(layer)].isinf().all() and det.places[len(det.layers) + [*kept].index(layer)].name == layer
+        assert s[:, len(det.layers) + i].isinf().all() and det.places[len(det.layers) + i].name == name
         t.view(torch.int32)[at] ^= word
-    assert not det.stored(model).any() and torch.equal(clean, det.statistic(collect_clean(model, data, {'x': det})['x']))
+    assert not det.stored(now()).any() and torch.equal(clean, det.statistic(collect_clean(model, data, {'x': det})['x']))
 
 def widths(det): return [(i in det.begins or i in det.ends) + sum(det.channels[i] if w == 'means' else 1 for w in ws) for i, ws in enumerate(det.looks)]
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float64])
 def test_bits_add_up_in_any_width_and_layout(dtype):
     model, x = net().to(dtype).to(memory_format=torch.channels_last), torch.zeros(2, 3, 32, 32, dtype=dtype)
-    d = Sentinel(model, x, [('max', 'fc'), ('stored', 'conv1'), ('stored', 'fc')])
-    assert not d.stored(model).any()
+    d = Sentinel(model, x, [('max', 'fc'), ('stored', 'conv1.weight'), ('stored', 'fc.bias')])
+    now = stored_in(model, d.kept)
+    assert not d.stored(now()).any()
     model.fc.bias[0] += 1
-    assert d.stored(model).tolist() == [[0, torch.inf]]
+    assert d.stored(now()).tolist() == [[0, torch.inf]]
 
 def test_too_few_inputs_for_channel_means(made):
     model, data, det = made
@@ -130,7 +132,7 @@ def test_channels_last_sees_the_same(made):
     a, b = (det.numbers(collect_clean(model, d, {'x': det})['x'])[:, looks] for d in (data, same))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
-@pytest.mark.parametrize('picks, why', [([], 'no picks'), ([('stored', 'fc')], 'no picks of activations'), ([('max', 'fc'), ('stored', 'relu')], "('stored', 'relu')"), ([('max', 'fc9')], "('max', 'fc9')"), ([('mean', 'fc')], "'mean'"), ([('means', 'fc')], "('means', 'fc')"), ([('max in', 'relu')], "('max in', 'relu')"), ([('check', 'relu')], "('check', 'relu')")])
+@pytest.mark.parametrize('picks, why', [([], 'no picks'), ([('stored', 'fc.weight')], 'no picks of activations'), ([('max', 'fc'), ('stored', 'fc')], "('stored', 'fc')"), ([('max', 'fc9')], "('max', 'fc9')"), ([('mean', 'fc')], "'mean'"), ([('means', 'fc')], "('means', 'fc')"), ([('max in', 'relu')], "('max in', 'relu')"), ([('check', 'relu')], "('check', 'relu')")])
 def test_a_pick_that_does_not_exist_is_named(picks, why):
     model = net()
     with pytest.raises(ValueError) as e: Sentinel(model, torch.zeros(2, 3, 32, 32), picks)

@@ -158,7 +158,7 @@ def test_repairs_act_in_a_sweep_as_in_the_network():
     model, x = built('resnet')
     p = profile(model, [x])
     faults, tight = mixture(model, p.layers), lambda: Restrict(model, p, lambda v, lo, hi: v.nan_to_num(0., 0., 0.).clamp(lo / 2, hi / 2))
-    fast, slow = (run(model, [x], faults, p.layers, {'look': Look(p.layers)}, {'tight': tight}, images=6, sweep=s) for s in (True, False))
+    fast, slow = (run(model, [x], faults, p.layers, {'look': Look(p.layers, model)}, {'tight': tight}, images=6, sweep=s) for s in (True, False))
     assert agree(fast, slow) and agree(fast.repaired['tight'], slow.repaired['tight']) and not same(fast.outputs, fast.repaired['tight'].outputs)
 
 class InPlace(nn.Module):

@@ -62,7 +62,7 @@ def test_a_layer_runs_again_in_a_sweep_as_in_the_network(name):
     p = profile(model, [x])
     tight = {n: (lo / 4, hi / 4) for n, (lo, hi) in p.ranges.items()}
     repairs = {'always': lambda: Rerun(model, p.layers), 'tight': lambda: Rerun(model, p.layers, tight)}
-    fast, slow = (run(model, [x], mixture(model, p.layers), p.layers, {'look': Look(p.layers)}, repairs, images=6, sweep=s) for s in (True, False))
+    fast, slow = (run(model, [x], mixture(model, p.layers), p.layers, {'look': Look(p.layers, model)}, repairs, images=6, sweep=s) for s in (True, False))
     assert all(agree(fast.repaired[n], slow.repaired[n]) for n in repairs)
     t = fast.repaired['always'].table
     assert (t.outcome[t.target == 'neuron'] == 'masked').all() and (t.outcome[t.target == 'weight'] != 'masked').any()

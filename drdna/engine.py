@@ -519,6 +519,7 @@ class MadeCall:
     @property
     def kwargs(self) -> dict: return dict(self._both[1])
 
+# %% ../nbs/04b_engine.ipynb #ce511588
 class Watch:
     "What one observer sees of one batch"
     def __init__(self, observer, model):

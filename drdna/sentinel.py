@@ -41,6 +41,7 @@ def checks(model:nn.Module, batch, forward:Callable|None=None) -> dict: # Layer 
     found = find_layers(model, batch, forward=forward)
     return {found[r.tail].name: (found[r.head].name, r) for r in relations(model, batch, found, forward=forward)}
 
+# %% ../nbs/06c_sentinel.ipynb #e4fa3497
 RANK = 16 # Directions of a layer's channel means that are looked at
 
 def means(model:nn.Module, batch, forward:Callable|None=None) -> list: # Names
@@ -231,6 +232,7 @@ def sizes(model:nn.Module, batch, forward:Callable|None=None) -> dict: # Name to
     _walk(model, batch, forward, note)
     return seen | {n: Size(0, 0, False, t.nbytes) for n, t in zip(names, stored_in(model, names)())}
 
+# %% ../nbs/06c_sentinel.ipynb #fef5951c
 COSTS = {'verdict': 250, # whatever is picked; microseconds, as all of them
          'cold': 25, 'warm': 15, # a hook, and one right behind that of the layer before
          'look': 22, 'check': 120, # two sums, and a vector that is spread out

@@ -7,7 +7,8 @@ range, and once on all groups.
 
 Writes sites.csv: the picks in the order of choice, with the price up to each, in microseconds and as a share of an inference, and
 recall on the faults that chose. grid.py and guard.py take those up to some share. Rows of networks that are not run this time are
-kept. Deviations stay in `--work`, group by group, so that a run that was stopped goes on, and `--stages choose` chooses anew in a minute.
+kept, and so are those of an aim of which not all groups are collected yet. Deviations stay in `--work`, group by group, so that a run that
+was stopped goes on, and `--stages choose` chooses anew in a minute; delete the folder before other portions or another version.
 """
 import argparse, itertools, time
 from pathlib import Path
@@ -21,7 +22,7 @@ from drdna.detection import collect_clean
 from drdna.leaderboard import OUT_OF_RANGE
 from drdna.sentinel import Sentinel, choose, offers, price, sizes
 
-from grid import FITTED, NETWORKS, SITES, Batches, Net, draw, kinds, number, thirds
+from grid import FITTED, NETWORKS, SITES, Batches, Net, draw, kinds, number, put, thirds
 
 # ---------------------------------------------------------------- what SDCs look like
 
@@ -66,8 +67,9 @@ def collect(net, folder, portions):
 
 def collected(folder) -> dict: # `picks`, `heads`, `sizes`, `clean`, and `seen`: (kind, target, third) to `(m, picks)`
     "What `collect` has kept"
+    if not file_of(folder, 'clean').exists(): raise SystemExit(f'{folder}: nothing is collected yet; run the stage collect first')
     load = lambda path: torch.load(path, weights_only=False)
-    return load(file_of(folder, 'clean')) | {'seen': {g: d for g in GROUPS if file_of(folder, *g).exists() and len(d := load(file_of(folder, *g)))}}
+    return load(file_of(folder, 'clean')) | {'seen': {g: load(file_of(folder, *g)) for g in GROUPS if file_of(folder, *g).exists()}}
 
 # ---------------------------------------------------------------- the choice
 
@@ -82,19 +84,14 @@ def bare(model, batch) -> float: # Microseconds
     return 1e6 * float(np.median(took))
 
 def chosen(network, known, share, batch) -> pd.DataFrame:
-    "The picks of one network, for each aim"
+    "The picks of one network, for each aim of which all groups are collected"
     how, us, res = lambda picks: price(picks, known['heads'], known['sizes'], batch), bare(NETWORKS[network](), batch), []
     for aim, wanted in AIMS.items():
-        mine = {k: v for k, v in known['seen'].items() if wanted(k)}
+        if left := [g for g in GROUPS if wanted(g) and g not in known['seen']]: print(network, aim, 'is not chosen:', len(left), 'groups are not collected', flush=True); continue
+        mine = {k: v for k, v in known['seen'].items() if wanted(k) and len(v)}
         t = choose(known['picks'], known['clean'], mine, how, share * us)
-        res.append(t.assign(network=network, aim=aim, added=t.cost / us, groups=len(mine), sdcs=sum(map(len, mine.values()))))
+        res.append(t.assign(network=network, aim=aim, added=(t.cost / us).round(5), groups=len(mine), sdcs=sum(map(len, mine.values()))))
     return pd.concat(res)
-
-def put(path, new):
-    "Rows of one network, in place of those it had"
-    old = pd.read_csv(path) if path.exists() else new
-    t = pd.concat([old[~old.network.isin(new.network)], new])
-    replace_file(path, lambda p: t.sort_values('network', kind='stable').to_csv(p, index=False, float_format='%.5g'))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,6 +107,6 @@ def main():
     for n in a.networks:
         folder = a.work / n
         if 'collect' in a.stages: collect(Net(n, 'float32'), folder, a.portions)
-        if 'choose' in a.stages: put(SITES, chosen(n, collected(folder), a.share, a.batch))
+        if 'choose' in a.stages: put(SITES, chosen(n, collected(folder), a.share, a.batch), ['network', 'aim'])
 
 if __name__ == '__main__': main()

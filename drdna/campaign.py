@@ -157,7 +157,7 @@ class Worker:
         res, image = {}, torch.tensor(r.table.image.to_numpy())
         for n, c in self.setup.detectors.items():
             v, twin = (judge(c.detector.statistic(seen[self.sees[n]]), c.threshold) for seen in (r.faulty, r.clean))
-            names = np.array([*(l.name for l in getattr(c.detector, 'places', c.detector.layers)), ''], object)  # -1 is no layer
+            names = np.array([*(l.name for l in places_of(c.detector)), ''], object)  # -1 is no layer
             res |= {f'{n}.score': v.score.numpy(), f'{n}.alarm': v.alarm.numpy(), f'{n}.layer': names[v.layer.numpy()], f'{n}.twin': twin.alarm[image].numpy()}
         return res
 

@@ -8,8 +8,7 @@ Docs: https://drdna.github.io/drdna/core.html.md"""
 __all__ = ['PHASES', 'call_model', 'device_of', 'to_device', 'undisturbed', 'tensors', 'get_item', 'put_item', 'Layer',
            'channel_axis', 'logical_shape', 'is_monitored', 'child_free', 'layers', 'batch_tensors', 'draw_sites',
            'coordinates', 'as_float', 'read_sites', 'Cohort', 'Call', 'view', 'unview', 'Tap', 'at_call', 'has_hooks',
-           'is_tapped', 'mitigate', 'Recorder', 'attribute', 'stored_in', 'with_stored', 'kept_by', 'structure',
-           'weights_hash', 'replace_file']
+           'is_tapped', 'mitigate', 'Recorder', 'stored_in', 'collector', 'structure', 'weights_hash', 'replace_file']
 
 # %% ../nbs/00_core.ipynb #8eff5e04
 import copy, hashlib, math, os, threading, weakref
@@ -452,30 +451,29 @@ def take(self:Recorder) -> list[Tensor]: # One result per layer
     finally: self.sleep()
 
 # %% ../nbs/00_core.ipynb #29473aa2
-def attribute(root, path:str):
-    "What a dotted path leads to"
-    for name in path.split('.'): root = getattr(root, name)
-    return root
-
 def stored_in(
     model:nn.Module, # The network
-    names:Iterable[str], # Of parameters and buffers; `AttributeError` if there is none of a name
+    names:Iterable[str], # Of parameters and buffers
 ) -> Callable: # A function without arguments, which gives the tensors as they are now
-    "Find tensors once, to have them quickly then"
-    owners = [attribute(model, path) if path else model for path, _, _ in (n.rpartition('.') for n in names)]
-    places = [(m._parameters if n.rpartition('.')[2] in m._parameters else m._buffers, n.rpartition('.')[2]) for m, n in zip(owners, names)]
-    if bad := [n for n, (where, key) in zip(names, places) if key not in where]: raise AttributeError(f'the model stores no {bad[0]!r}')
-    return lambda: [where[key] for where, key in places]
+    "Find tensors once, to have them quickly then; raises `ValueError` if there is none of a name"
+    def home(name):
+        path, _, key = name.rpartition('.')
+        try: m = model.get_submodule(path)
+        except AttributeError: m = nn.Module() # stores nothing
+        for where in (m._parameters, m._buffers):
+            if key in where: return where, key
+        raise ValueError(f'the model stores no tensor {name!r}')
+    homes = [home(n) for n in names]
+    return lambda: [where[key] for where, key in homes]
 
-def with_stored(
+def collector(
+    model:nn.Module, # The network
     observer, # Anything with `layers`, `observe` and `collect`, and maybe `kept` and `stored`
-    records:list, # One per layer, first axis N
-    now:Callable, # From `stored_in`, of the observer's `kept`
-) -> list: # The same, and what `stored` gives, `(N, R)`
-    "The records of one forward, as `collect` wants them"
-    return [*records, observer.stored(now()).expand(len(records[0]), -1)] if kept_by(observer) else records
-
-def kept_by(observer) -> list: return getattr(observer, 'kept', []) # Names of the stored tensors that an observer looks at
+) -> Callable: # `f(records)`, where there is one record per layer
+    "What an observer makes of the records of a forward, and of the stored tensors that it looks at"
+    if not (kept := getattr(observer, 'kept', [])): return observer.collect
+    now = stored_in(model, kept)
+    return lambda records: observer.collect([*records, observer.stored(now()).expand(len(records[0]), -1)])
 
 # %% ../nbs/00_core.ipynb #ae7a5f0a
 def structure(model:nn.Module) -> str: # 64 hexadecimal digits

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
-from .core import Layer, Recorder, Tap, at_call, attribute, batch_tensors, has_hooks, is_tapped, call_model, child_free, device_of, kept_by, logical_shape, mitigate, put_item, stored_in, tensors, to_device, undisturbed, unview, view, with_stored
+from .core import Layer, Recorder, Tap, at_call, batch_tensors, has_hooks, is_tapped, call_model, child_free, collector, device_of, logical_shape, mitigate, put_item, stored_in, tensors, to_device, undisturbed, unview, view
 from .injection import NeuronFaults, bits_of, check_faults, class_flags, fault_ids, other_class, outcomes, stored_places, strikes, written
 from .injection import _places, _stored
 
@@ -85,6 +85,10 @@ class Step:
     def live(self) -> bool: return any(self.layouts) # Whether anything in its output belongs to a sample
     def tree(self, leaves): return pytree.tree_unflatten(leaves, self.spec)
 
+def _attr(root, path):
+    for name in path.split('.'): root = getattr(root, name)
+    return root
+
 # %% ../nbs/04b_engine.ipynb #842ae1d6
 _POOLS = nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d # slow on a CPU, and behind a ReLU at which half of all faults end
 
@@ -97,7 +101,7 @@ def _step(whole, node, calls):
         calls[path] = n = calls.get(path, 0) + 1
         m = whole.get_submodule(node.target)
         return Step(node, m, m, path if n == 1 else f'{path}#{n}', n, any(p.ndim > 1 for p in m.parameters()) or isinstance(m, _POOLS))
-    fn = {'call_function': lambda: node.target, 'call_method': lambda: lambda x, *a, **k: getattr(x, node.target)(*a, **k), 'get_attr': lambda: lambda: attribute(whole, node.target)}[node.op]()
+    fn = {'call_function': lambda: node.target, 'call_method': lambda: lambda x, *a, **k: getattr(x, node.target)(*a, **k), 'get_attr': lambda: lambda: _attr(whole, node.target)}[node.op]()
     return Step(node, fn, None, f'{node.name}()', heavy=any(i.op == 'get_attr' for i in node.all_input_nodes))
 
 # %% ../nbs/04b_engine.ipynb #b6a8a3b9
@@ -523,7 +527,7 @@ class MadeCall:
 class Watch:
     "What one observer sees of one batch"
     def __init__(self, observer, model):
-        self.observer, self.place, self.now = observer, {l.name: i for i, l in enumerate(observer.layers)}, stored_in(model, kept_by(observer))
+        self.observer, self.model, self.place = observer, model, {l.name: i for i, l in enumerate(observer.layers)}
         self.golden, self.faulty = [None] * len(self.place), [None] * len(self.place)
 
     def begin(self, image): self.faulty = [None if g is None else g[image.to(g.device)] for g in self.golden]
@@ -535,16 +539,16 @@ class Watch:
         if rows is None: self.golden[i], self.faulty[i] = seen, seen[image.to(seen.device)]
         else: self.faulty[i][rows.to(seen.device)] = seen
 
-    def clean(self): return self.observer.collect(with_stored(self.observer, self.golden, self.now))
+    def clean(self): return collector(self.model, self.observer)(self.golden)
 
-    def struck(self, model, load, stored):
+    def struck(self, load, stored):
         "What the observer makes of the rows of a load; the faults `stored` are written once more, for an observer that looks at what the model stores"
-        records = with_stored(self.observer, self.faulty, self.now)
-        if kept_by(self.observer):
-            records[-1] = records[-1].clone()
-            for fault, part in stored[stored.fault.isin(load.fault)].groupby('fault'):
-                with written(model, part): records[-1][torch.from_numpy(load.fault == fault)] = self.observer.stored(self.now())
-        return self.observer.collect(records)
+        if not (kept := getattr(self.observer, 'kept', [])): return self.observer.collect(self.faulty)
+        now = stored_in(self.model, kept)
+        last = self.observer.stored(now()).repeat(len(load.fault), 1)
+        for fault, part in stored[stored.fault.isin(load.fault)].groupby('fault'):
+            with written(self.model, part): last[torch.from_numpy(load.fault == fault)] = self.observer.stored(now())
+        return self.observer.collect([*self.faulty, last])
 
 # %% ../nbs/04b_engine.ipynb #f54dc4a7
 class Sweep:
@@ -1107,7 +1111,7 @@ def sweeps(self:Cut,
         env = sweep.run(env, starts[k], starts[k + 1])
         clean, out = sweep.result()
         if k == 0: yield Ran(None, np.arange(self.size), clean, {n: w.clean() for n, w in watches.items()})
-        if len(load.fault): yield Ran(load.fault, load.image.cpu().numpy(), out, {n: w.struck(self.model, load, stored) for n, w in watches.items()})
+        if len(load.fault): yield Ran(load.fault, load.image.cpu().numpy(), out, {n: w.struck(load, stored) for n, w in watches.items()})
 
 # %% ../nbs/04b_engine.ipynb #b0312667
 def rounds(
@@ -1123,8 +1127,8 @@ def rounds(
 def _recording(model, observers):
     "Recorders of all observers; gives a function that collects what they saw in the last forward"
     with ExitStack() as stack:
-        recs = {name: (o, stack.enter_context(Recorder(model, o.layers, o.observe)), stored_in(model, kept_by(o))) for name, o in observers.items()}
-        yield lambda: {name: o.collect(with_stored(o, rec.take(), now)) for name, (o, rec, now) in recs.items()}
+        recs = {name: (collector(model, o), stack.enter_context(Recorder(model, o.layers, o.observe))) for name, o in observers.items()}
+        yield lambda: {name: collect(rec.take()) for name, (collect, rec) in recs.items()}
 
 # %% ../nbs/04b_engine.ipynb #e6905ffc
 def _answer_layout(out, n, smaller:Callable) -> tuple: # Batch axis and slices per sample

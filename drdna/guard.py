@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, Range, energy, entropy, softmax_doubt
 from .checksums import Affine, Checksum, Folded, Norm, Product, Together
 from .sentinel import RANK, SEEN, Sentinel
-from .core import Cohort, Recorder, channel_axis, device_of, kept_by, layers as find_layers, stored_in, structure, weights_hash, with_stored
-from .detection import RULES, DrDNA, Verdict, collect_clean, judge, threshold
+from .core import Cohort, Recorder, channel_axis, collector, device_of, layers as find_layers, structure, weights_hash
+from .detection import RULES, DrDNA, Verdict, collect_clean, judge, places_of, threshold
 from .profiling import Fields, _peek, pack_layers, profile, read_tensors, unpack_layers, write_tensors
 from .scoring import Tables
 
@@ -40,7 +40,7 @@ class Guard(nn.Module):
         self.model, self.detector, self.threshold, self.info = model, detector, threshold, info or {}
         self.on_alarm, self.stop, self.closed, self.training = on_alarm, stop, False, model.training
         self._check()
-        self.numbers, self.dtypes, self.now = _numbers(detector), [_DTYPES.get(l.dtype) for l in detector.layers], stored_in(model, kept_by(detector))
+        self.numbers, self.dtypes, self.collect = _numbers(detector), [_DTYPES.get(l.dtype) for l in detector.layers], collector(model, detector)
         self.recorder = Recorder(model, detector.layers, self._stopper() if stop else self._observe, asleep=True)
 
     def forward(self, *args, **kwargs) -> tuple[object, Verdict]:
@@ -54,7 +54,7 @@ class Guard(nn.Module):
 
 # %% ../nbs/08_guard.ipynb #1b6dd0bc
 @patch(as_prop=True)
-def layers(self:Guard) -> list: return getattr(self.detector, 'places', self.detector.layers) # `verdict.layer` counts in this list
+def layers(self:Guard) -> list: return places_of(self.detector) # `verdict.layer` counts in this list
 
 @patch
 def close(self:Guard):
@@ -104,7 +104,7 @@ def _observe(self:Guard, x, i, call):
 @patch
 def _statistic(self:Guard, records) -> Tensor: # `(N, L)`
     _move(self.detector, self.numbers, records[0].device)
-    return self.detector.statistic(torch.cat(records, 1) if self.stop else self.detector.collect(with_stored(self.detector, records, self.now)))
+    return self.detector.statistic(torch.cat(records, 1) if self.stop else self.collect(records))
 
 def _numbers(d) -> list: # Names
     "What a detector keeps in tensors of its own; Dr. DNA's follow what it reads"

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from .core import Call, Layer, Recorder, Tap, call_model, channel_axis, device_of, kept_by, stored_in, structure, to_device, undisturbed, view, with_stored
-from .detection import Verdict, judge
+from .core import Call, Layer, Recorder, Tap, call_model, channel_axis, collector, device_of, structure, to_device, undisturbed, view
+from .detection import Verdict, judge, places_of
 from .injection import _stored, bits_of
 from .profiling import Profile
 
@@ -181,11 +181,11 @@ def judged(
     repair:Callable=nullcontext, # Makes a context in which the network runs, such as `partial(Restrict, model, p)`
 ) -> Callable: # `f(x) -> (y, Verdict)`
     "The network's answer, and what a detector says to it"
-    now = stored_in(model, kept_by(detector))
+    collect = collector(model, detector)
     def go(*args, **kwargs):
         with repair(), Recorder(model, detector.layers, detector.observe) as rec:
             y = model(*args, **kwargs)
-            return y, judge(detector.statistic(detector.collect(with_stored(detector, rec.take(), now))), t)
+            return y, judge(detector.statistic(collect(rec.take())), t)
     return go
 
 # %% ../nbs/07_mitigation.ipynb #72f31e81
@@ -202,7 +202,9 @@ class Repaired:
     def layers(self) -> list: return self.detector.layers
     def observe(self, x:Tensor, i:int, call:Call|None=None) -> Tensor: return self.detector.observe(self.mend[self.layers[i].name](x), i, call)
     @property
-    def kept(self) -> list: return kept_by(self.detector)
+    def places(self) -> list: return places_of(self.detector)
+    @property
+    def kept(self) -> list: return getattr(self.detector, 'kept', [])
     def stored(self, tensors:list) -> Tensor: return self.detector.stored(tensors)
     def collect(self, records:list) -> Tensor: return self.detector.collect(records)
     def statistic(self, records:Tensor) -> Tensor: return self.detector.statistic(records)

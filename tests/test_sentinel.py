@@ -92,7 +92,7 @@ def test_float64_networks_have_sentinels_too(made):
     got = d.deviations(collect_clean(double, more, {'x': d})['x'])
     assert got.dtype == torch.float64 and (got.amax(0) <= 1 + 1e-9).all()
 
-def test_any_changed_bit_of_what_is_stored_alarms_at_its_layer(made):
+def test_any_changed_bit_of_what_is_stored_alarms_under_its_name(made):
     model, data, det = made
     model, kept, bits = copy.deepcopy(model), storing(model), torch.Generator().manual_seed(2)
     now = stored_in(model, kept)

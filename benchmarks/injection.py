@@ -5,9 +5,8 @@ whole list in every round, the others one piece of it per round (their time per 
 the list; of the slowest lists a part of that, see CASES), and batch 1 a tenth. Writes injection.csv (one row per tool and round), bound.csv (one row per
 round), where.csv (where drdna's time goes) and injection.svg.
 """
-import argparse, math, time
+import argparse, time
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch, torchvision

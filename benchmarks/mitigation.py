@@ -192,7 +192,7 @@ def costs(b, rounds) -> pd.DataFrame:
 def healed(b, n) -> tuple: # k, n
     "How many weight faults of every kind `restore` heals bit for bit, as `Golden` and the hash of all weights see it"
     from drdna.core import weights_hash
-    from drdna.injection import column, draw_rate, draw_runs, flips, noise, random_bits, row as whole_row, stuck_at
+    from drdna.injection import column, draw_runs, flips, noise, random_bits, row as whole_row, stuck_at
     before, k = weights_hash(b.model), 0
     lists = [draw_weights(b.model, n, m, seed=i) for i, m in enumerate((flip(), flip(bit=30), flips(k=2), random_bits(), stuck_at(value=math.nan), noise(sd=.1), uniform(lo=-1000, hi=1000)))]
     lists += [draw_weights(b.model, n, flip(), pattern=s()) for s in (whole_row, column)] + [draw_runs(b.model, n), draw_weights(b.model, n, flip(), target='bias'), draw_weights(b.model, n, flip(), target='buffer')]

@@ -13,7 +13,7 @@ __all__ = ['PALETTE', 'CLEAN', 'FAULTY', 'TESTS', 'REPORTED', 'cluster_interval'
 
 # %% ../nbs/10_analysis.ipynb #8ac45767
 import base64, io
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +28,7 @@ from .core import Layer, call_model, device_of, layers as find_layers, to_device
 from .detection import REFERENCE_LAYERS, REFERENCE_STORED, RULES, DrDNA, ReferenceDNA, apply_rule, collect_clean, fit_rule, judge, threshold
 from .injection import flip, repeat_fault
 from .plan import interval, listed, show_rate
-from .profiling import Profile, profile
+from .profiling import profile
 from .scoring import bins_of
 
 # %% ../nbs/10_analysis.ipynb #a5bafc04

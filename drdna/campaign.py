@@ -14,7 +14,7 @@ import hashlib, html, itertools, json, math, os, pickle, platform, threading, ti
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +26,9 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .core import Recorder, batch_tensors, call_model, device_of, layers as find_layers, replace_file, structure, tensors, to_device, undisturbed, weights_hash
-from .detection import judge
+from .detection import judge, places_of
 from .engine import Cuts, run as run_faults
-from .injection import NeuronFaults, check_faults, fault_ids, other_class, stored_places, written, _places
+from .injection import NeuronFaults, check_faults, other_class, stored_places, written, _places
 from .plan import Plan, Population, check_schema, estimate, find_places, interval, read_faults, write_faults
 from .profiling import Fields
 

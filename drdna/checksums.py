@@ -142,9 +142,9 @@ def relations(
 ) -> list: # In the order of their ends; `head` and `tail` count in `found`
     "All relations that hold among `found`"
     seen, n, res = _dry_calls(model, found, batch, forward), len(next(batch_tensors(batch))), []
-    for run in _stretches(seen, fuse):
-        whole = _relation(seen, run, n)
-        res += [whole] if whole else [_relation(seen, [i], n) for i in run if len(run) > 1]
+    for calls in _stretches(seen, fuse):
+        whole = _relation(seen, calls, n)
+        res += [whole] if whole else [_relation(seen, [i], n) for i in calls if len(calls) > 1]
     return sorted((r for r in res if r), key=lambda r: r.tail)
 
 # %% ../nbs/06b_checksums.ipynb #bdca7893

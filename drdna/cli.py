@@ -10,7 +10,7 @@ __all__ = ['GIVES', 'EXECUTES', 'staged', 'splits', 'reproduction', 'measure', '
            'add_campaign', 'parser', 'main']
 
 # %% ../nbs/11_cli.ipynb #8ed40366
-import argparse, importlib, inspect, json, multiprocessing, os, platform, shutil, sys, tempfile, textwrap, time
+import argparse, importlib, inspect, json, multiprocessing, os, shutil, sys, tempfile, textwrap, time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, replace

@@ -13,7 +13,7 @@ __all__ = ['CLASSES', 'SPLITS', 'MEAN', 'STD', 'NETWORKS', 'VIT', 'RECIPES', 'Im
            'write_result', 'cifar10_splits', 'train', 'trained_resnet18', 'trained_vit']
 
 # %% ../nbs/01_data_model.ipynb #c30519f6
-import hashlib, io, json, os, shutil, subprocess, tarfile, tempfile, time, urllib.request, warnings
+import hashlib, io, json, shutil, subprocess, tarfile, tempfile, time, urllib.request, warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.resources import files

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, Range, energy, entropy, softmax_doubt
 from .checksums import Affine, Checksum, Folded, Norm, Product, Together
 from .sentinel import RANK, SEEN, Sentinel
-from .core import Cohort, Recorder, channel_axis, collector, device_of, layers as find_layers, structure, weights_hash
+from .core import Cohort, Recorder, channel_axis, collector, layers as find_layers, structure, weights_hash
 from .detection import RULES, DrDNA, Verdict, collect_clean, judge, places_of, threshold
 from .profiling import Fields, _peek, pack_layers, profile, read_tensors, unpack_layers, write_tensors
 from .scoring import Tables

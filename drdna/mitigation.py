@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .core import Call, Layer, Recorder, Tap, call_model, channel_axis, collector, device_of, structure, to_device, undisturbed, view
 from .detection import Verdict, judge, places_of
-from .injection import _stored, bits_of
+from .injection import bits_of
 from .profiling import Profile
 
 # %% ../nbs/07_mitigation.ipynb #a00a892a

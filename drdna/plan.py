@@ -24,7 +24,7 @@ from torch import nn
 
 from . import injection as inj
 from .core import layers as find_layers, replace_file
-from .injection import COLUMNS, Place, fault_ids, parameter_places, strike
+from .injection import Place, fault_ids, parameter_places, strike
 
 # %% ../nbs/09_plan.ipynb #3eaddb83
 ERRORS = {f.__name__: f for f in (inj.flip, inj.flips, inj.burst, inj.stuck_bit, inj.sign, inj.random_bits, inj.stuck_at, inj.uniform, inj.outside, inj.noise)}

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import (Cohort, Layer, Recorder, call_model, coordinates, device_of, draw_sites, layers as find_layers,
+from .core import (Cohort, Layer, Recorder, call_model, device_of, draw_sites, layers as find_layers,
                         structure, to_device, undisturbed, weights_hash)
 
 # %% ../nbs/02_profiling.ipynb #ec9e4498

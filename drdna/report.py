@@ -18,7 +18,7 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from statsmodels.stats.contingency_tables import mcnemar as exact_mcnemar
 
-from .analysis import CLEAN, FAULTY, PALETTE, axes, render, svg
+from .analysis import PALETTE, axes, render, svg
 from .campaign import OUTCOMES, Results, replay, show_rates
 
 # %% ../nbs/10c_report.ipynb #67a96279

@@ -279,7 +279,7 @@ def choose(
     cost:Callable, # `cost(picks)`, such as `price`
     budget:float, # What all picks together may cost
     fpr:float=.001, # False-positive rate at which recall counts
-) -> 'pd.DataFrame': # A row per chosen pick, in the order of choice: `what`, `layer`, `cost` so far, `mean` and `worst` recall so far
+): # A pandas table with a row per chosen pick, in the order of choice: `what`, `layer`, `cost` so far, `mean` and `worst` recall so far
     "Greedy choice of picks, by gain in recall per price; ends when nothing within the budget gains anything"
     import pandas as pd # here, for a guard of a sentinel needs no tables
     finite = lambda z: torch.where(z.isfinite(), z, torch.inf)

@@ -5,12 +5,11 @@ import pytest, torch
 from torch import nn
 
 from drdna import checksums
-from drdna.baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, QuantileTree, Range, energy
+from drdna.baselines import Doubt, Extremes, Mahalanobis, NonFinite, QuantileTree, Range, energy
 from drdna.checksums import Checksum, Together
 from drdna.sentinel import Sentinel, checks, inputs, means, storing
 from drdna.core import Tap, layers
 from drdna.data_model import ViT
-from drdna.detection import DrDNA
 from drdna.guard import Guard, SDCDetected
 from drdna.profiling import read_tensors, write_tensors
 

@@ -12,7 +12,7 @@ from drdna.injection import (NeuronFaults, bits_of, column, draw_neurons, draw_r
                              stuck_at, uniform, weight_faults)
 from drdna.mitigation import Climb, Golden, Ladder, Repaired, Rerun, Restrict, channel_means, judged, mix, reexecute, restored, to_mean, zero
 from drdna.profiling import profile
-from test_engine import Look, agree, built, mixture, one_thread
+from test_engine import Look, agree, built, mixture, one_thread # noqa: F401, used by being here
 
 @torch.no_grad()
 def small():

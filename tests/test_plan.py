@@ -1,5 +1,5 @@
 """Plans and fault lists: what is damaged is refused in words, what is drawn can be run, and intervals keep what they promise"""
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 

@@ -1,12 +1,11 @@
 "The vectorised scores against plain loops over the formulas"
 import math
-from types import SimpleNamespace
 
 import numpy as np, torch
 from hypothesis import example, given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from drdna.core import Cohort, Layer
+from drdna.core import Layer
 from drdna.profiling import Profile
 from drdna.scoring import CLIP, fit_tables, margin, score
 

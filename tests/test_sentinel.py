@@ -6,7 +6,7 @@ from drdna.checksums import Checksum
 from drdna.core import Tap, channel_axis, layers, stored_in
 from drdna.data_model import ViT
 from drdna.detection import collect_clean
-from drdna.sentinel import COSTS, INTO, LOOKS, RANK, Sentinel, checks, choose, offers, price, sizes, storing
+from drdna.sentinel import COSTS, INTO, LOOKS, RANK, Sentinel, choose, offers, price, sizes, storing
 from torchvision.models import resnet18
 
 def net():

@@ -93,12 +93,12 @@ def settings() -> dict: # Name to `(k, bins, lam, rule)`
     return res | {f'Dr. DNA {n}, per_layer, {b} bins': (32, b, lams[n], 'per_layer') for n in ('all', 'τ2') for b in (5, 20, 40)}
 
 SITES = FOLDER / 'sites.csv'  # from sites.py
-SENTINELS = {'sentinel, 1%': ('out of range', .01), 'sentinel, 1.2%': ('out of range', .012), 'sentinel, 1.5%': ('out of range', .015), 'sentinel, 2%': ('out of range', .02), 'sentinel, 4%': ('out of range', .04), 'sentinel for all, 2%': ('all', .02)}  # aim, and share of an inference at a batch of 32, as sites.py reckons it
+SENTINELS = {f'sentinel, {s}%': ('out of range', s / 100) for s in (1.5, 2, 3, 5, 10)} | {f'sentinel for all, {s}%': ('all', s / 100) for s in (2, 5, 10)}  # aim, and share of an inference at a batch of 32, as sites.py reckons it
 
 def sentinels(network, model, batch) -> dict:
-    "Sentinels of the picks that sites.py chose for a network, up to a share of an inference"
+    "Sentinels of the picks that sites.py chose for a network"
     t = pd.read_csv(SITES).query('network == @network')
-    picks = lambda aim, share: list(t[(t.aim == aim) & (t.added <= share)][['what', 'layer']].itertuples(index=False, name=None))
+    picks = lambda aim, share: list(t[(t.aim == aim) & (t.share == share)][['what', 'layer']].itertuples(index=False, name=None))
     return {name: Sentinel(model, batch, picks(*how)) for name, how in SENTINELS.items()}
 
 FITTED = 4000 # Training images that sentinels are fitted on: the directions of 512 channel means take several times 512; the others learn nothing more from them

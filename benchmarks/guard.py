@@ -3,8 +3,8 @@
 Eager, all share one model object: the taps of a detector are open for one run and closed for the next. Compiled, hooks
 are part of the graph, so the bare network and each guard are compiled apart, round module objects of their own that share
 one set of weight tensors. In a round the bare network and all guards take turns, and who comes first changes from round
-to round; each time is divided by the bare one of its round. Several processes run one after the other, for a process
-keeps what its memory layout costs it.
+to round; each time is divided by the bare one of its round. The run that counts follows another one of the same kind, for
+whoever has a guard keeps it open. Several processes run one after the other, for a process keeps what its memory layout costs it.
 
 The summary gives, for each detector, batch and mode, the median ratio over all rounds, and its 95 % interval from a
 bootstrap that draws processes and then rounds of each. A target counts as met if the upper end meets it.
@@ -58,6 +58,8 @@ def twin(model):
 # ---------------------------------------------------------------- measuring
 
 def seconds(run, x):
+    "Of the second of two runs: opening taps has left other things in the caches than inferences do"
+    run(x)
     start = time.perf_counter()
     run(x)
     return time.perf_counter() - start

@@ -2,13 +2,13 @@
 
 For each network all picks at all layers are fitted on 4,000 training images; 3,000 others are the clean inputs, and 400 others are
 struck by faults of the grid's kinds (not by those that the grid draws), until 300 different faults of a group made SDCs.
-`sentinel.choose` orders the picks by what they reveal for their price: once on the groups of faults whose values leave the usual
-range, and once on all groups.
+`sentinel.choose` finds the picks that reveal most for a price: on the groups of faults whose values leave the usual range, and on
+all groups, for the shares of an inference at which grid.py has sentinels.
 
-Writes sites.csv: the picks in the order of choice, with the price up to each, in microseconds and as a share of an inference, and
-recall on the faults that chose. grid.py and guard.py take those up to some share. Rows of networks that are not run this time are
-kept, and so are those of an aim of which not all groups are collected yet. Deviations stay in `--work`, group by group, so that a run that
-was stopped goes on, and `--stages choose` chooses anew in a minute; delete the folder before other portions or another version.
+Writes sites.csv: the picks for each aim and share, what they cost together, in microseconds, and their recall on the faults that
+chose. Rows of networks that are not run this time are kept, and so are those of an aim of which not all groups are collected yet.
+Deviations stay in `--work`, group by group, so that a run that was stopped goes on, and `--stages choose` chooses anew in some
+minutes; delete the folder before other portions or another version.
 """
 import argparse, itertools, time
 from pathlib import Path
@@ -22,7 +22,7 @@ from drdna.detection import collect_clean
 from drdna.leaderboard import OUT_OF_RANGE
 from drdna.sentinel import Sentinel, choose, offers, price, sizes
 
-from grid import FITTED, NETWORKS, SITES, Batches, Net, draw, kinds, number, put, thirds
+from grid import FITTED, NETWORKS, SENTINELS, SITES, Batches, Net, draw, kinds, number, put, thirds
 
 # ---------------------------------------------------------------- what SDCs look like
 
@@ -62,6 +62,7 @@ def collect(net, folder, portions):
     train, first = cifar10_splits()['train'], next(iter(net.test))
     fit, clean = (Batches(s, net.test.dtype) for s in (train[:FITTED], train[FITTED:FITTED + 3000]))
     det = fit_detectors(net.model, fit, {'x': Sentinel(net.model, first, offers(net.model, first))})['x']
+    if file_of(folder, 'clean').exists() and collected(folder)['picks'] != det.picks: raise SystemExit(f'{folder}: what is collected there is of other picks; delete it first')
     keep(dict(picks=det.picks, heads=det.heads, sizes=sizes(net.model, first), clean=det.deviations(collect_clean(net.model, clean, {'x': det})['x'])), file_of(folder, 'clean'))
     for g in left: keep(group(net, det, train[FITTED + 3000:FITTED + 3400], portions, *g), file_of(folder, *g))
 
@@ -83,14 +84,16 @@ def bare(model, batch) -> float: # Microseconds
         start = time.perf_counter(); model(x); took.append(time.perf_counter() - start)
     return 1e6 * float(np.median(took))
 
-def chosen(network, known, share, batch) -> pd.DataFrame:
+def chosen(network, known, batch) -> pd.DataFrame:
     "The picks of one network, for each aim of which all groups are collected"
-    how, us, res = lambda picks: price(picks, known['heads'], known['sizes'], batch), bare(NETWORKS[network](), batch), []
+    how = lambda picks: price(picks, known['heads'], known['sizes'], batch) if any(what != 'stored' for what, _ in picks) else np.inf
+    us, res = bare(NETWORKS[network](), batch), []
     for aim, wanted in AIMS.items():
         if left := [g for g in GROUPS if wanted(g) and g not in known['seen']]: print(network, aim, 'is not chosen:', len(left), 'groups are not collected', flush=True); continue
         mine = {k: v for k, v in known['seen'].items() if wanted(k) and len(v)}
-        t = choose(known['picks'], known['clean'], mine, how, share * us)
-        res.append(t.assign(network=network, aim=aim, added=(t.cost / us).round(5), groups=len(mine), sdcs=sum(map(len, mine.values()))))
+        shares = {share * us: share for a, share in SENTINELS.values() if a == aim}
+        t = choose(known['picks'], known['clean'], mine, how, [*shares])
+        res.append(t.assign(network=network, aim=aim, share=t.budget.map(shares), groups=len(mine), sdcs=sum(map(len, mine.values()))))
     return pd.concat(res)
 
 def main():
@@ -98,7 +101,6 @@ def main():
     p.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=NETWORKS)
     p.add_argument('--stages', nargs='+', default=['collect', 'choose'], choices=['collect', 'choose'])
     p.add_argument('--portions', type=int, default=5, help='at most so many portions of faults per group')
-    p.add_argument('--share', type=float, default=.05, help='where the choice ends, as a share of an inference')
     p.add_argument('--batch', type=int, default=32)
     p.add_argument('--threads', type=int, default=1)
     p.add_argument('--work', type=Path, default=Path(__file__).parent / 'sites', help='folder of the deviations')
@@ -107,6 +109,6 @@ def main():
     for n in a.networks:
         folder = a.work / n
         if 'collect' in a.stages: collect(Net(n, 'float32'), folder, a.portions)
-        if 'choose' in a.stages: put(SITES, chosen(n, collected(folder), a.share, a.batch), ['network', 'aim'])
+        if 'choose' in a.stages: put(SITES, chosen(n, collected(folder), a.batch), ['network', 'aim'])
 
 if __name__ == '__main__': main()

@@ -1,12 +1,12 @@
-"""Sentinels: what a feature is, how features are judged together, and the greedy choice"""
+"""Sentinels: what a feature is, how features are judged together, and the choice"""
 import copy, pytest, torch
 
 from drdna.baselines import fit_detectors
 from drdna.checksums import Checksum
 from drdna.core import Tap, channel_axis, layers, stored_in
 from drdna.data_model import ViT
-from drdna.detection import collect_clean
-from drdna.sentinel import COSTS, INTO, LOOKS, RANK, Sentinel, choose, offers, price, sizes, storing
+from drdna.detection import collect_clean, threshold
+from drdna.sentinel import COSTS, INTO, LOOKS, RANK, Sentinel, _Recalls, choose, offers, price, sizes, storing
 from torchvision.models import resnet18
 
 def net():
@@ -50,21 +50,21 @@ def test_clean_inputs_of_the_fit_stay_within_one_unit(made):
     assert (((top - 1).abs() < 1e-5) | (top == 0)).all()  # 0: a number that never varies, such as the minimum behind a ReLU
     assert all(t > 0 for t, (w, _) in zip(top, det.picks) if w == "max")
 
-def test_a_layer_counts_its_largest_feature(made):
+def test_picks_are_judged_in_the_order_of_execution(made):
     model, data, det = made
     r = collect_clean(model, data, {'x': det})['x']
-    s, d = det.statistic(r), det.deviations(r)
-    for i, l in enumerate(det.layers):
-        mine = [k for k, (_, n) in enumerate(det.picks) if n == l.name]
-        assert torch.equal(s[:, i], d[:, mine].amax(1) if mine else torch.zeros(len(d)))  # nothing is judged where a relation only begins
+    s, order = det.statistic(r), [l.name for l in det.layers] + det.kept
+    assert torch.equal(s, det.deviations(r))
+    at = [order.index(n) for _, n in det.picks]
+    assert at == sorted(at) and [l.name for l in det.places] == [n for _, n in det.picks]
 
 def test_what_is_not_finite_alarms_at_its_layer_alone(made):
     model, data, det = made
     r = collect_clean(model, data, {'x': det})['x'][:2].clone()
-    at, column = [l.name for l in det.layers].index(det.picks[0][1]), int(det.one[0])
+    column = int(det.one[0])
     r[0, column], r[1, column] = torch.nan, torch.inf
     s = det.statistic(r)
-    assert s[:, at].isinf().all() and s.isinf().sum() == 2
+    assert s[:, 0].isinf().all() and s.isinf().sum() == 2
 
 def test_channel_means_stray_as_far_as_the_last_components_say(made):
     model, data, det = made
@@ -105,7 +105,8 @@ def test_any_changed_bit_of_what_is_stored_alarms_under_its_name(made):
         seen = det.stored(now())
         assert seen.isinf().sum() == 1
         s = det.statistic(det.collect([*[torch.zeros(3, w) for w in widths(det)], seen.expand(3, -1)]))
-        assert s[:, len(det.layers) + i].isinf().all() and det.places[len(det.layers) + i].name == name
+        k = det.picks.index(('stored', name))
+        assert s[:, k].isinf().all() and det.places[k].name == name
         t.view(torch.int32)[at] ^= word
     assert not det.stored(now()).any() and torch.equal(clean, det.statistic(collect_clean(model, data, {'x': det})['x']))
 
@@ -151,8 +152,21 @@ def test_a_second_look_is_cheaper_than_a_first(made):
 def test_the_choice_keeps_its_budget_and_leaves_out_what_gains_nothing():
     clean = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0))
     seen = {'a': torch.tensor([[9., 0, 0]]).expand(30, 3), 'b': torch.tensor([[0., 9, 0]]).expand(30, 3)}
-    picks, cost = [('max', n) for n in 'abc'], lambda p: {'a': 1, 'b': 2, 'c': 0.5}[p[-1][1]] + sum({'a': 1, 'b': 2, 'c': .5}[n] for _, n in p[:-1])
-    assert sorted(choose(picks, clean, seen, cost, 9).layer) == ['a', 'b']
-    t = choose(picks, clean, seen, cost, 1.5)
-    assert t.layer.tolist() == ['a'] and t['mean'].tolist() == [.5] and t.worst.tolist() == [0]
-    with pytest.raises(ValueError, match='999'): choose(picks, clean[:50], seen, cost, 9)  # too few clean inputs for the rate
+    picks, cost = [('max', n) for n in 'abc'], lambda p: sum({'a': 1, 'b': 2, 'c': .5}[n] for _, n in p)
+    t = choose(picks, clean, seen, cost, [9, 1.5])
+    small, large = (t[t.budget == b] for b in (1.5, 9))
+    assert small.layer.tolist() == ['a'] and small['mean'].tolist() == [.5] and small.worst.tolist() == [0] and small.cost.tolist() == [1]
+    assert sorted(large.layer) == ['a', 'b'] and large['mean'].tolist() == [1, 1]
+    with pytest.raises(ValueError, match='999'): choose(picks, clean[:50], seen, cost, [9])  # too few clean inputs for the rate
+
+def test_recalls_of_the_choice_are_those_of_the_threshold():
+    g = torch.Generator().manual_seed(3)
+    clean, seen = torch.rand(2000, 4, generator=g), {'a': 2 * torch.rand(30, 4, generator=g), 'b': 2 * torch.rand(50, 4, generator=g)}
+    seen['a'][0, 2] = torch.nan
+    r, mine = _Recalls(clean, seen, .01), [0, 3]
+    for m in (1, 2):
+        got = r.of(mine, m)
+        for k in range(4):
+            t = m * threshold(clean[:, [*mine, k]].amax(1), .01)
+            want = [float((~(v[:, [*mine, k]].amax(1) <= t)).float().mean()) for v in seen.values()]  # the maximum hands a NaN on
+            assert got[:, k].tolist() == pytest.approx(want)

@@ -10,14 +10,14 @@ chose. Rows of networks that are not run this time are kept, and so are those of
 Deviations stay in `--work`, group by group, so that a run that was stopped goes on, and `--stages choose` chooses anew in some
 minutes; delete the folder before other portions or another version.
 """
-import argparse, itertools, time
+import argparse, itertools
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 
 from drdna.baselines import fit_detectors
 from drdna.core import replace_file
-from drdna.data_model import cifar10_splits, normalize, sample
+from drdna.data_model import cifar10_splits
 from drdna.detection import collect_clean
 from drdna.leaderboard import OUT_OF_RANGE
 from drdna.sentinel import Sentinel, choose, offers, price, sizes
@@ -76,22 +76,16 @@ def collected(folder) -> dict: # `picks`, `heads`, `sizes`, `clean`, and `seen`:
 
 AIMS = {'out of range': lambda group: group[0] in OUT_OF_RANGE, 'all': lambda group: True}
 
-@torch.inference_mode()
-def bare(model, batch) -> float: # Microseconds
-    "Median time of an inference"
-    x, took = normalize(sample('evaluate').images[:batch]), []
-    for _ in range(30):
-        start = time.perf_counter(); model(x); took.append(time.perf_counter() - start)
-    return 1e6 * float(np.median(took))
+BARE = {'resnet18': 90_000, 'vit': 80_000}  # microseconds of an inference of 32 images, on the machine that `sentinel.COSTS` are of
 
-def chosen(network, known, batch) -> pd.DataFrame:
+def chosen(network, known) -> pd.DataFrame:
     "The picks of one network, for each aim of which all groups are collected"
-    how = lambda picks: price(picks, known['heads'], known['sizes'], batch) if any(what != 'stored' for what, _ in picks) else np.inf
-    us, res = bare(NETWORKS[network](), batch), []
+    how = lambda picks: price(picks, known['heads'], known['sizes']) if any(what != 'stored' for what, _ in picks) else np.inf
+    res = []
     for aim, wanted in AIMS.items():
         if left := [g for g in GROUPS if wanted(g) and g not in known['seen']]: print(network, aim, 'is not chosen:', len(left), 'groups are not collected', flush=True); continue
         mine = {k: v for k, v in known['seen'].items() if wanted(k) and len(v)}
-        shares = {share * us: share for a, share in SENTINELS.values() if a == aim}
+        shares = {share * BARE[network]: share for a, share in SENTINELS.values() if a == aim}
         t = choose(known['picks'], known['clean'], mine, how, [*shares])
         res.append(t.assign(network=network, aim=aim, share=t.budget.map(shares), groups=len(mine), sdcs=sum(map(len, mine.values()))))
     return pd.concat(res)
@@ -101,7 +95,6 @@ def main():
     p.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=NETWORKS)
     p.add_argument('--stages', nargs='+', default=['collect', 'choose'], choices=['collect', 'choose'])
     p.add_argument('--portions', type=int, default=5, help='at most so many portions of faults per group')
-    p.add_argument('--batch', type=int, default=32)
     p.add_argument('--threads', type=int, default=1)
     p.add_argument('--work', type=Path, default=Path(__file__).parent / 'sites', help='folder of the deviations')
     a = p.parse_args()
@@ -109,6 +102,6 @@ def main():
     for n in a.networks:
         folder = a.work / n
         if 'collect' in a.stages: collect(Net(n, 'float32'), folder, a.portions)
-        if 'choose' in a.stages: put(SITES, chosen(n, collected(folder), a.batch), ['network', 'aim'])
+        if 'choose' in a.stages: put(SITES, chosen(n, collected(folder)), ['network', 'aim'])
 
 if __name__ == '__main__': main()

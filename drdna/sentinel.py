@@ -261,7 +261,7 @@ def price(
     return sum(costs[what] * n for what, n in bill(picks, heads, sizes, batch).items())
 
 # %% ../nbs/06c_sentinel.ipynb #a4a0da64
-MARGINS = 1, 2 # Multiples of the threshold at which recall counts
+MARGINS = 1, 2, 4 # Multiples of the threshold at which recall counts
 TIE = 1e-6 # What a microsecond is worth, in recall: little, but of two sets that see the same, the cheaper one is chosen
 
 class _Recalls:
@@ -272,38 +272,39 @@ class _Recalls:
         self.group, self.share = torch.arange(len(sizes)).repeat_interleave(sizes), (1 / sizes).unsqueeze(1)
         self.above = len(clean) - int(threshold(torch.arange(len(clean)), fpr)) # so many clean values reach the threshold
 
-    def of(self, picks, margin) -> Tensor: # `(groups, F)`
+    def of(self, picks) -> Tensor: # `(margins, groups, F)`
         "Share of each group whose largest deviation is above a multiple of the threshold"
         top = lambda z: torch.maximum(z[:, picks].amax(1, keepdim=True), z) if picks else z
-        t = margin * top(self.clean).topk(self.above, 0).values[-1]
-        return torch.zeros(len(self.share), len(t)).index_add_(0, self.group, (~(top(self.faulty) <= t)).float()) * self.share
+        t, faulty = top(self.clean).topk(self.above, 0).values[-1], top(self.faulty)
+        share = lambda seen: torch.zeros(len(self.share), len(t)).index_add_(0, self.group, seen.float()) * self.share
+        return torch.stack([share(~(faulty <= m * t)) for m in MARGINS])
 
-    def worth(self, picks) -> Tensor: # `(F,)`
-        return sum((r := self.of(picks, m)).mean(0) + r.amin(0) for m in MARGINS)
+    def worth(self, picks) -> np.ndarray: # `(F,)`
+        r = self.of(picks)
+        return (r.mean(1) + r.amin(1)).sum(0).numpy()
 
 # %% ../nbs/06c_sentinel.ipynb #f8719b0b
-def _joined(recalls, mine, price) -> tuple: # Sets, and what each is worth and costs, arrays
-    "This set with each pick added"
-    sets = [tuple(sorted({*mine, k})) for k in range(recalls.clean.shape[1])]
-    return sets, recalls.worth([*mine]).numpy(), np.array([price(s) for s in sets])
+def _with(picks, k): return tuple(sorted({*picks, k}))
 
 def _grown(recalls, price, budget) -> tuple: # A set
     "Pick after pick, always the one that adds most for its price"
     mine, now, spent = (), 0, 0
     while True:
-        sets, worth, prices = _joined(recalls, mine, price)
+        worth = recalls.worth([*mine])
+        prices = np.array([price(_with(mine, k)) for k in range(len(worth))])
         gain = np.where((prices <= budget) & (prices > spent), (worth - now) / np.maximum(prices - spent, 1e-9), 0)
         if gain[k := int(gain.argmax())] <= 0: return mine
-        mine, now, spent = sets[k], worth[k], prices[k]
+        mine, now, spent = _with(mine, k), worth[k], prices[k]
 
 def _step(recalls, mine, price, budget) -> tuple: # A set
     "The best within the budget that one pick more, less or another makes of this one: itself, if none is better"
-    best = mine, -np.inf
-    for rest in [mine, *(tuple(k for k in mine if k != out) for out in mine)]:
-        sets, worth, prices = _joined(recalls, rest, price)
-        worth = np.where(prices <= budget, worth - TIE * prices, -np.inf)
-        if worth[k := int(worth.argmax())] > best[1] + 1e-9: best = sets[k], worth[k]
-    return best[0]
+    best, value = mine, recalls.worth([*mine])[mine[0]] - TIE * price(mine) if mine else 0
+    for rest in [mine, *([k for k in mine if k != out] for out in mine)]:
+        worth = recalls.worth([*rest])
+        for k in np.flatnonzero(worth > value):
+            s = _with(rest, k)
+            if price(s) <= budget and (v := worth[k] - TIE * price(s)) > value + 1e-9: best, value = s, v
+    return best
 
 def choose(
     picks:list, # All picks there are, `F` of them
@@ -319,6 +320,6 @@ def choose(
     for budget in sorted(budgets):
         mine = _grown(recalls, price, budget)
         while (new := _step(recalls, mine, price, budget)) != mine: mine = new
-        r = recalls.of([*mine], 1)[:, mine[:1]]
+        r = recalls.of([*mine])[0, :, mine[:1]]
         rows += [dict(budget=budget, what=picks[k][0], layer=picks[k][1], cost=price(mine), mean=float(r.mean()), worst=float(r.min())) for k in mine]
     return pd.DataFrame(rows)

@@ -6,7 +6,7 @@ from drdna.checksums import Checksum
 from drdna.core import Tap, channel_axis, layers, stored_in
 from drdna.data_model import ViT
 from drdna.detection import collect_clean, threshold
-from drdna.sentinel import COSTS, INTO, LOOKS, RANK, Sentinel, _Recalls, choose, offers, price, sizes, storing
+from drdna.sentinel import COSTS, INTO, LOOKS, MARGINS, RANK, Sentinel, _Recalls, choose, offers, price, sizes, storing
 from torchvision.models import resnet18
 
 def net():
@@ -164,8 +164,7 @@ def test_recalls_of_the_choice_are_those_of_the_threshold():
     clean, seen = torch.rand(2000, 4, generator=g), {'a': 2 * torch.rand(30, 4, generator=g), 'b': 2 * torch.rand(50, 4, generator=g)}
     seen['a'][0, 2] = torch.nan
     r, mine = _Recalls(clean, seen, .01), [0, 3]
-    for m in (1, 2):
-        got = r.of(mine, m)
+    for m, got in zip(MARGINS, r.of(mine)):
         for k in range(4):
             t = m * threshold(clean[:, [*mine, k]].amax(1), .01)
             want = [float((~(v[:, [*mine, k]].amax(1) <= t)).float().mean()) for v in seen.values()]  # the maximum hands a NaN on

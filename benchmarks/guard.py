@@ -34,13 +34,14 @@ FOLDER = Path(__file__).parent / 'results'
 
 # ---------------------------------------------------------------- what is compared
 
-def detectors(network, model):
-    "`{name: fitted detector}`; how well they are fitted changes nothing in what they cost"
+def detectors(network, model, only):
+    "`{name: fitted detector}`, of all or of some; how well they are fitted changes nothing in what they cost"
     data = sample('profile')
     first = next(iter(loader(data)))
     found = layers(model, first)
-    dna = {f'Dr. DNA, k={k}': DrDNA.fit(profile(model, loader(data), found, k)) for k in (8, 32, 128)}
-    return dna | fit_detectors(model, loader(data), rivals(network, model, first, found) | sentinels(network, model, first))
+    wanted = lambda named: {n: d for n, d in named.items() if not only or n in only}
+    dna = {n: DrDNA.fit(profile(model, loader(data), found, k)) for n, k in wanted({f'Dr. DNA, k={k}': k for k in (8, 32, 128)}).items()}
+    return dna | fit_detectors(model, loader(data), wanted(rivals(network, model, first, found) | sentinels(network, model, first)))
 
 def stored(detector) -> int:
     "Bytes of the numbers that a detector keeps, sites and vectors included"
@@ -93,7 +94,7 @@ def measure(a):
     model = NETWORKS[a.network]()
     weights, images = sum(p.nbytes for p in model.parameters()), normalize(sample('evaluate').images[:max(a.batches)])
     with torch.inference_mode():
-        watch = {k: d for k, d in detectors(a.network, model).items() if not a.detectors or k in a.detectors}
+        watch = detectors(a.network, model, a.detectors)
         timers = {'eager': eager, 'compiled': compiled}[a.mode](model, watch)
         res = {str(b): turns(timers, images[:b], a.rounds) for b in a.batches}
     memory = [stored(d) / weights for d in watch.values()]

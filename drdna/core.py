@@ -422,9 +422,10 @@ class Recorder(Tap):
 
     def _work(self, layer):
         i, fn, rows_of = self.names.index(layer.name), self.fn, self._rows if not self.asleep else self.record.get
+        plain, shape = not (layer.item or layer.batch_dim or layer.groups > 1), layer.shape # `view` would give `out` itself
         def work(module, args, kwargs, out):
             if (rows := rows_of()) is None: return out
-            x = view(layer, out)
+            x = out if plain and out.shape[1:] == shape else view(layer, out)
             rows[i] = fn(x.detach() if x.requires_grad else x, i, Call(layer, module, args, kwargs))
             return out
         return work

@@ -41,7 +41,7 @@ class Guard(nn.Module):
         self.on_alarm, self.stop, self.closed, self.training = on_alarm, stop, False, model.training
         self._check()
         self.numbers, self.dtypes, self.collect = _numbers(detector), [_DTYPES.get(l.dtype) for l in detector.layers], collector(model, detector)
-        self.recorder = Recorder(model, detector.layers, self._stopper() if stop else self._observe, asleep=True)
+        self.recorder = Recorder(model, detector.layers, self._stopper() if stop else self._look(), asleep=True)
 
     def forward(self, *args, **kwargs) -> tuple[object, Verdict]:
         "The model's output, and for every sample: alarm or not, the first abnormal layer, the score"
@@ -95,11 +95,16 @@ def _check(self:Guard):
 
 # %% ../nbs/08_guard.ipynb #c0823597
 @patch
-def _observe(self:Guard, x, i, call):
-    if x.dtype != self.dtypes[i] and not torch.is_autocast_enabled(x.device.type):
-        l = self.layers[i]
-        raise ValueError(f'layer {l.name}: {x.dtype}, but the detector was fitted on {l.dtype}; fit it again')
-    return self.detector.observe(x, i, call)
+def _look(self:Guard):
+    "What the recorder runs: the detector's `observe`, if the layer has the precision that it was fitted on"
+    dtypes, observe = self.dtypes, self.detector.observe
+    def look(x, i, call):
+        if x.dtype is not dtypes[i]: _check_autocast(x, self.detector.layers[i])
+        return observe(x, i, call)
+    return look
+
+def _check_autocast(x, l):
+    if not torch.is_autocast_enabled(x.device.type): raise ValueError(f'layer {l.name}: {x.dtype}, but the detector was fitted on {l.dtype}; fit it again')
 
 @patch
 def _statistic(self:Guard, records) -> Tensor: # `(N, L)`
@@ -211,12 +216,12 @@ def _part(d, s:slice, n:int):
 def _stopper(self:Guard):
     "An observer that raises at the first layer whose statistic passes, and keeps the tests of the layers before"
     n = len(self.layers)
-    parts = [(_part(self.detector, slice(i, i + 1), n), _part(self.detector, slice(i + 1), n)) for i in range(n)]
+    parts, observed = [(_part(self.detector, slice(i, i + 1), n), _part(self.detector, slice(i + 1), n)) for i in range(n)], self._look()
     @torch.no_grad()
     def look(x, i, call):
         one, so_far = parts[i]
         for d in (one, so_far): _move(d, self.numbers, x.device)
-        tests = one.collect([self._observe(x, i, call)])
+        tests = one.collect([observed(x, i, call)])
         verdict = judge(so_far.statistic(torch.cat([*self.recorder.so_far(i), tests], 1)), self.threshold)
         if verdict.alarm.any(): raise SDCDetected(verdict, self.layers)
         return tests

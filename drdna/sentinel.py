@@ -105,6 +105,7 @@ def _post(self:Sentinel, layers, relations, looks, kept):
     "Say which columns make the number of each pick, and where it is: at a layer, or in one of the stored tensors, which `kept` names"
     self._watch(layers, relations, [])
     self.kept, self.looks, self.channels = kept, looks, [l.shape[channel_axis(l)] if 'means' in ws else 0 for l, ws in zip(layers, looks)]
+    self.reads = [[(w in INTO, LOOKS.get(w)) for w in ws] for ws in looks] # whether of the input, and the operation, if it is not the channel means
     at, picks, n = {}, [], 0 # where the columns of a layer's `check`, look or means begin
     for i, ws in enumerate(looks):
         for w in ['check'] * (i in self.begins or i in self.ends) + ws:
@@ -121,6 +122,8 @@ def _post(self:Sentinel, layers, relations, looks, kept):
     self.places, self.picks = [where[i] for _, i in picks], [(w, where[i].name) for w, i in picks]
 
 # %% ../nbs/06c_sentinel.ipynb #4f785b53
+_AXES = [tuple(range(1, n)) for n in range(9)] # of a sample
+
 def _but_channels(x, layer):
     "Mean of each channel, `(N, C)`"
     if x.ndim == 2: return x.clone()
@@ -131,9 +134,9 @@ def _but_channels(x, layer):
 def observe(self:Sentinel, x, i, call): # `(N,)` of a single look, else `(N, R)`; in few words, for here code is cold
     "What the relations and the looks want of layer i"
     seen = [Checksum.observe(self, x, i, call)] if i in self.begins or i in self.ends else []
-    for w in self.looks[i]:
-        v = call.args[0] if w in INTO else x
-        seen.append(_but_channels(v, self.layers[i]) if w == 'means' else LOOKS[w](v, tuple(range(1, v.ndim))))
+    for into, look in self.reads[i]:
+        v = call.args[0] if into else x
+        seen.append(look(v, _AXES[v.ndim]) if look else _but_channels(v, self.layers[i]))
     return seen[0] if len(seen) == 1 else torch.column_stack(seen)
 
 # %% ../nbs/06c_sentinel.ipynb #e6f5a532
@@ -306,6 +309,7 @@ def _step(recalls, mine, price, budget) -> tuple: # A set
             if price(s) <= budget and (v := worth[k] - TIE * price(s)) > value + 1e-9: best, value = s, v
     return best
 
+# %% ../nbs/06c_sentinel.ipynb #e28d228e
 def choose(
     picks:list, # All picks there are, `F` of them
     clean:Tensor, # Deviations of clean inputs other than those of the fit, `(n, F)`

@@ -99,12 +99,13 @@ def readme_problems(write):
 # --- Notebooks, modules, pages ---------------------------------------------------------------------------------------
 
 def hygiene_problems():
-    "Merge markers pass every test, and a fat notebook does too"
+    "Merge markers pass every test, and fat notebooks and warnings of the machine that ran them do, too"
     marker = re.compile(r'^[\s"`]*(?:<{7}|>{7})(?:[\s"\\`]|$)', re.M)
     for p in project_files():
         if p.suffix in ('.ipynb', '.py') and marker.search(p.read_text(encoding='utf-8')): yield f'{p}: a merge marker'
     for p in notebooks():
         if (kb := p.stat().st_size/1000) > max_kb: yield f'{p}: {kb:.0f} kB, the limit is {max_kb}'
+        if any(o.get('name') == 'stderr' for c in read_nb(p).cells for o in c.get('outputs', [])): yield f'{p}: a warning among the saved outputs'
 
 def step_problems(write):
     "`nbdev-export` and `nbdev-clean` must leave a fresh checkout as it is: new files count, so `git diff` will not do"

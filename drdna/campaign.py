@@ -70,7 +70,7 @@ def fingerprint(*objects) -> str: # 64 hexadecimal digits
             for v in o: add(v)
         elif o is None or isinstance(o, (bool, int, float, str, bytes, torch.device, torch.dtype, slice)): h.update(f'{type(o).__name__}:{o!r};'.encode())
         elif isinstance(o, partial): add((o.func, o.args, o.keywords))
-        elif callable(o) and hasattr(o, '__qualname__'): h.update(f'{o.__module__}.{o.__qualname__};'.encode())
+        elif callable(o) and hasattr(o, '__qualname__'): h.update(f'{getattr(o, "__module__", None)}.{o.__qualname__};'.encode()) # what is written in C may have no module
         else: add((type(o).__qualname__, {k: v for k, v in sorted(vars(o).items()) if not k.startswith('_')} if hasattr(o, '__dict__') else repr(type(o))))
     for o in objects: add(o)
     return h.hexdigest()

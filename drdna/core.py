@@ -265,12 +265,14 @@ class Call(NamedTuple):
 
 # %% ../nbs/00_core.ipynb #078da0bb
 def view(layer:Layer, out) -> Tensor: # `(N, *layer.shape)`
-    "The layer's value in its logical shape; raises `ValueError` if the network runs at another shape than in the dry run"
+    "The layer's value in its logical shape; raises `ValueError` if the network runs at another shape than in the dry run, or, but for autocast, in another precision"
     x = get_item(out, layer.item) if layer.item else out
     if layer.batch_dim: x = x.movedim(layer.batch_dim, 0)
     if layer.groups > 1 and x.shape[0] % layer.groups == 0: x = x.unflatten(0, (-1, layer.groups))
     if x.shape[1:] != layer.shape:
         raise ValueError(f'layer {layer.name}: logical shape {tuple(x.shape[1:])}, but {layer.shape} in the dry run; inputs must keep the shape of the dry run')
+    if x.dtype is not getattr(torch, layer.dtype, None) and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f'layer {layer.name}: {x.dtype}, but {layer.dtype} in the dry run; find the layers, and fit what looks at them, in the precision that runs')
     return x
 
 def unview(layer:Layer, x:Tensor) -> Tensor:
@@ -279,15 +281,9 @@ def unview(layer:Layer, x:Tensor) -> Tensor:
     return x.movedim(0, layer.batch_dim) if layer.batch_dim else x
 
 # %% ../nbs/00_core.ipynb #f4d77016
-class _Mine:
-    "A value of each thread's own; a plain attribute for the tracer of `torch.compile`"
-    def __init__(self): self.local, self.traced = threading.local(), None
-
-    def get(self, default=None): return self.traced if torch.compiler.is_dynamo_compiling() else getattr(self.local, 'value', default)
-
-    def set(self, value):
-        if torch.compiler.is_dynamo_compiling(): self.traced = value
-        else: self.local.value = value
+class _Mine(threading.local):
+    "A value of each thread's own"
+    value = None
 
 # %% ../nbs/00_core.ipynb #7773d0fa
 class _Hook:
@@ -313,7 +309,7 @@ class _Hook:
     def taps(self) -> list: return [tap for tap, *_ in self.routes]
 
     def _next(self):
-        self.count.set(n := self.count.get(0) + 1)
+        self.count.value = n = (self.count.value or 0) + 1
         return n
 
 # %% ../nbs/00_core.ipynb #9c8ca747
@@ -351,7 +347,7 @@ class Tap:
         self.root = model.register_forward_pre_hook(self._restart) if self.several else None
 
     def _restart(self, model, args):
-        for hook in self.several: hook.count.set(0)
+        for hook in self.several: hook.count.value = 0
 
     def __deepcopy__(self, memo): return self
 
@@ -387,7 +383,7 @@ def _module(model, layer):
 # %% ../nbs/00_core.ipynb #f3891328
 def at_call(module:nn.Module, n:int):
     "The next call of `module` in this thread counts as its n-th"
-    if module in _hooks: _hooks[module].count.set(n - 1)
+    if module in _hooks: _hooks[module].count.value = n - 1
 
 def has_hooks(module:nn.Module) -> bool:
     "Whether forward hooks other than taps hang on `module`"
@@ -417,30 +413,29 @@ class Recorder(Tap):
         fn:Callable, # `fn(x, i, call) -> Tensor`, first axis N; `x` is detached, so copy what you keep of it
         asleep:bool=False, # Record between `start` and `sleep` alone; other forwards pass unseen
     ):
-        self.names, self.record, self.asleep = [l.name for l in layers], _Mine(), asleep
+        self.names, self.mine, self.asleep = [l.name for l in layers], _Mine(), asleep
         super().__init__(model, layers, fn)
 
     def _work(self, layer):
-        i, fn, rows_of = self.names.index(layer.name), self.fn, self._rows if not self.asleep else self.record.get
-        plain, shape = not (layer.item or layer.batch_dim or layer.groups > 1), layer.shape # `view` would give `out` itself
+        i, fn, mine, asleep = self.names.index(layer.name), self.fn, self.mine, self.asleep
+        plain, shape, dtype = not (layer.item or layer.batch_dim or layer.groups > 1), layer.shape, getattr(torch, layer.dtype, None)
         def work(module, args, kwargs, out):
-            if (rows := rows_of()) is None: return out
-            x = out if plain and out.shape[1:] == shape else view(layer, out)
+            if (rows := mine.value) is None:
+                if asleep: return out
+                mine.value = rows = {}
+            x = out if plain and out.shape[1:] == shape and out.dtype is dtype else view(layer, out) # which would give `out` itself
             rows[i] = fn(x.detach() if x.requires_grad else x, i, Call(layer, module, args, kwargs))
             return out
         return work
 
-    def start(self): self.record.set({}) # This thread records, and forgets what it had
-    def sleep(self): self.record.set(None)
-    def _rows(self):
-        if self.record.get() is None and not self.asleep: self.start()
-        return self.record.get()
+    def start(self): self.mine.value = {} # This thread records, and forgets what it had
+    def sleep(self): self.mine.value = None
 
 # %% ../nbs/00_core.ipynb #aa87cc06
 @patch
 def so_far(self:Recorder, n:int) -> list[Tensor]: # One result per layer
     "The results of the first n layers; raises `RuntimeError` if one of them has not run"
-    rows = self._rows() or {}
+    rows = self.mine.value or {}
     missing = [name for i, name in enumerate(self.names[:n]) if i not in rows]
     if missing: raise RuntimeError(f'layer {missing[0]} did not run in the last forward ({len(missing)} of {len(self.names)} missing)')
     return [rows[i] for i in range(n)]

@@ -40,8 +40,8 @@ class Guard(nn.Module):
         self.model, self.detector, self.threshold, self.info = model, detector, threshold, info or {}
         self.on_alarm, self.stop, self.closed, self.training = on_alarm, stop, False, model.training
         self._check()
-        self.numbers, self.dtypes, self.collect = _numbers(detector), [_DTYPES.get(l.dtype) for l in detector.layers], collector(model, detector)
-        self.recorder = Recorder(model, detector.layers, self._stopper() if stop else self._look(), asleep=True)
+        self.numbers, self.collect = _numbers(detector), collector(model, detector)
+        self.recorder = Recorder(model, detector.layers, self._stopper() if stop else detector.observe, asleep=True)
 
     def forward(self, *args, **kwargs) -> tuple[object, Verdict]:
         "The model's output, and for every sample: alarm or not, the first abnormal layer, the score"
@@ -73,8 +73,6 @@ def __repr__(self:Guard):
     return f'Guard of {type(self.model).__name__}: {_kind(self.detector)} on {len(self.layers)} layers{where}'
 
 # %% ../nbs/08_guard.ipynb #bbad3994
-_DTYPES = {str(d).removeprefix('torch.'): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8)}
-
 def _kind(d) -> str: # What people read
     return f'{type(d).__name__} {d.how.__name__}' if isinstance(d, Doubt) else type(d).__name__
 
@@ -94,18 +92,6 @@ def _check(self:Guard):
     if self.stop and getattr(self.detector, 'rule', None) == 'final': raise ValueError("rule 'final' judges the last layer alone: nothing to stop early")
 
 # %% ../nbs/08_guard.ipynb #c0823597
-@patch
-def _look(self:Guard):
-    "What the recorder runs: the detector's `observe`, if the layer has the precision that it was fitted on"
-    dtypes, observe = self.dtypes, self.detector.observe
-    def look(x, i, call):
-        if x.dtype is not dtypes[i]: _check_autocast(x, self.detector.layers[i])
-        return observe(x, i, call)
-    return look
-
-def _check_autocast(x, l):
-    if not torch.is_autocast_enabled(x.device.type): raise ValueError(f'layer {l.name}: {x.dtype}, but the detector was fitted on {l.dtype}; fit it again')
-
 @patch
 def _statistic(self:Guard, records) -> Tensor: # `(N, L)`
     _move(self.detector, self.numbers, records[0].device)
@@ -216,12 +202,12 @@ def _part(d, s:slice, n:int):
 def _stopper(self:Guard):
     "An observer that raises at the first layer whose statistic passes, and keeps the tests of the layers before"
     n = len(self.layers)
-    parts, observed = [(_part(self.detector, slice(i, i + 1), n), _part(self.detector, slice(i + 1), n)) for i in range(n)], self._look()
+    parts = [(_part(self.detector, slice(i, i + 1), n), _part(self.detector, slice(i + 1), n)) for i in range(n)]
     @torch.no_grad()
     def look(x, i, call):
         one, so_far = parts[i]
         for d in (one, so_far): _move(d, self.numbers, x.device)
-        tests = one.collect([observed(x, i, call)])
+        tests = one.collect([self.detector.observe(x, i, call)])
         verdict = judge(so_far.statistic(torch.cat([*self.recorder.so_far(i), tests], 1)), self.threshold)
         if verdict.alarm.any(): raise SDCDetected(verdict, self.layers)
         return tests

@@ -18,6 +18,7 @@ from drdna.engine import run
 from drdna.mitigation import Restrict, clamp, zero
 from drdna.plan import Plan, Population
 from drdna.profiling import profile
+from drdna.sentinel import Sentinel
 
 fork = multiprocessing.get_context('fork')
 PLAN = Plan((Population(bits=(30,), strata=('layer',), allocation='equal', n=240), Population('weight', n=24), Population('neuron', 'stuck_at', pattern='channel', n=40),
@@ -35,7 +36,8 @@ def make(plan=PLAN, chunk=12, seed=0, faults=None):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5)).eval().requires_grad_(False)
     data = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(50)
     found = layers(model, data[0])
-    watch = {'drdna': Calibrated(DrDNA.fit(profile(model, data, found, k=8)), 5.), 'range': Calibrated(fit_detectors(model, data, {'r': Range(found)})['r'], 0.)}
+    fitted = fit_detectors(model, data, {'range': Range(found), 'sentinel': Sentinel(model, data[0], [('max', '2'), ('min', '2'), ('min in', '5'), ('stored', '5.weight')])})
+    watch = {'drdna': Calibrated(DrDNA.fit(profile(model, data, found, k=8)), 5.), 'range': Calibrated(fitted['range'], 0.), 'sentinel': Calibrated(fitted['sentinel'], 1.5)}
     return Campaign(model, data, plan, watch, faults, chunk=chunk)
 
 @pytest.fixture(scope='module')

@@ -304,6 +304,8 @@ class _Hook:
         "Run these taps from now on; what each call would look up is looked up once, here"
         self.routes = tuple((t, t.counts[module], t.works[module]) for t in sorted(taps, key=lambda t: PHASES.index(t.phase)))
         self.several = any(counts for _, counts, _ in self.routes)
+        alone = len(self.routes) == 1 and not self.several
+        module._forward_hooks[self.handle.id] = self.routes[0][2][1] if alone else self # one tap needs no hook between
 
     @property
     def taps(self) -> list: return [tap for tap, *_ in self.routes]
@@ -410,7 +412,7 @@ class Recorder(Tap):
     def __init__(self,
         model:nn.Module, # The network
         layers:list[Layer], # In execution order
-        fn:Callable, # `fn(x, i, call) -> Tensor`, first axis N; `x` is detached, so copy what you keep of it
+        fn:Callable, # `fn(x, i, call) -> Tensor`, first axis N, or a list of such; `x` is detached, so copy what you keep of it
         asleep:bool=False, # Record between `start` and `sleep` alone; other forwards pass unseen
     ):
         self.names, self.mine, self.asleep = [l.name for l in layers], _Mine(), asleep
@@ -433,12 +435,12 @@ class Recorder(Tap):
 
 # %% ../nbs/00_core.ipynb #aa87cc06
 @patch
-def so_far(self:Recorder, n:int) -> list[Tensor]: # One result per layer
+def so_far(self:Recorder, n:int) -> list[Tensor]: # One result per layer, or as many as `fn` gave
     "The results of the first n layers; raises `RuntimeError` if one of them has not run"
     rows = self.mine.value or {}
     missing = [name for i, name in enumerate(self.names[:n]) if i not in rows]
     if missing: raise RuntimeError(f'layer {missing[0]} did not run in the last forward ({len(missing)} of {len(self.names)} missing)')
-    return [rows[i] for i in range(n)]
+    return [r for i in range(n) for r in (rows[i] if isinstance(rows[i], list) else [rows[i]])]
 
 @patch
 def take(self:Recorder) -> list[Tensor]: # One result per layer

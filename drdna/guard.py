@@ -41,7 +41,7 @@ class Guard(nn.Module):
         self.on_alarm, self.stop, self.closed, self.training = on_alarm, stop, False, model.training
         self._check()
         self.numbers, self.collect = _numbers(detector), collector(model, detector)
-        self.recorder = Recorder(model, detector.layers, self._stopper() if stop else detector.observe, asleep=True)
+        self.recorder = Recorder(model, detector.layers, self._stopper() if stop else getattr(detector, 'columns', detector.observe), asleep=True)
 
     def forward(self, *args, **kwargs) -> tuple[object, Verdict]:
         "The model's output, and for every sample: alarm or not, the first abnormal layer, the score"
@@ -102,9 +102,9 @@ def _numbers(d) -> list: # Names
     return [] if isinstance(d, DrDNA) else [k for k, v in vars(d).items() if isinstance(v, Tensor)]
 
 def _move(d, names, device):
-    "Bring the numbers of a detector to where the model runs; nothing is copied if they are there"
-    for k in names:
-        if (v := getattr(d, k)).device != device: setattr(d, k, v.to(device))
+    "Bring the numbers of a detector, which move together, to where the model runs"
+    if names and getattr(d, names[0]).device != device:
+        for k in names: setattr(d, k, getattr(d, k).to(device))
 
 # %% ../nbs/08_guard.ipynb #a61bfda1
 def _enough(n, fpr):

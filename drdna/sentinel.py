@@ -131,12 +131,18 @@ def _but_channels(x, layer):
     return x.flatten(1, -2).mean(1)
 
 @patch
-def observe(self:Sentinel, x, i, call): # `(N,)` of a single look, else `(N, R)`; in few words, for here code is cold
-    "What the relations and the looks want of layer i"
+def columns(self:Sentinel, x, i, call) -> list: # Of `(N,)`, `(N, 1)` and `(N, C)`; in few words, for here code is cold
+    "What the relations and the looks want of layer i, one by one: a guard joins those of all layers at once"
     seen = [Checksum.observe(self, x, i, call)] if i in self.begins or i in self.ends else []
     for into, look in self.reads[i]:
         v = call.args[0] if into else x
         seen.append(look(v, _AXES[v.ndim]) if look else _but_channels(v, self.layers[i]))
+    return seen
+
+@patch
+def observe(self:Sentinel, x, i, call): # `(N,)` of a single look, else `(N, R)`
+    "The same in one tensor"
+    seen = self.columns(x, i, call)
     return seen[0] if len(seen) == 1 else torch.column_stack(seen)
 
 # %% ../nbs/06c_sentinel.ipynb #e6f5a532
@@ -168,18 +174,21 @@ def _strays(self:Sentinel, flat): # `(N, 1)` for each layer whose channel means 
     return [torch.linalg.vector_norm(torch.addmm(b, flat[:, a:a + c], w), dim=1, keepdim=True) for (a, c), b, w in zip(self.spans, self.bias, rows)]
 
 # %% ../nbs/06c_sentinel.ipynb #cbdbd669
+def _words(t) -> Tensor:
+    "The bits of a tensor as whole numbers, as wide as fit"
+    flat = t.view(-1) if t.is_contiguous() else as_it_lies(t.unsqueeze(0))[0]
+    return flat.view(torch.int64 if t.nbytes % 8 == 0 else next(w for w in (torch.int32, torch.int16, torch.int8) if t.nbytes % w.itemsize == 0))
+
 def _bit_sums(tensors) -> Tensor: # int64 `(S,)`
-    "Sums of bits, in the widest words that fit; whole numbers, so that the order does not matter"
-    word = lambda t: next(w for w in (torch.int64, torch.int32, torch.int16, torch.int8) if t.nbytes % w.itemsize == 0)
-    flat = lambda t: t.flatten() if t.is_contiguous() else as_it_lies(t.unsqueeze(0)).flatten()
-    return torch.stack([flat(t).view(word(t)).sum(dtype=torch.int64) for t in tensors]) if tensors else torch.empty(0, dtype=torch.int64)
+    "Sums of bits; whole numbers, so that the order does not matter"
+    return torch.stack([_words(t).sum(dtype=torch.int64) for t in tensors]) if tensors else torch.empty(0, dtype=torch.int64)
 
 @patch
-def stored(self:Sentinel, tensors:list) -> Tensor: # `(1, S)`
+def stored(self:Sentinel, tensors:list) -> Tensor: # `(S,)`
     "Infinity where the bits of a stored tensor do not add up to what they did when the sentinel was made, else 0"
     sums = _bit_sums(tensors)
     self._follow(sums.device)
-    return torch.where(sums == self.sums, 0., torch.inf).unsqueeze(0)
+    return torch.where(sums == self.sums, 0., torch.inf)
 
 # %% ../nbs/06c_sentinel.ipynb #3e8933ad
 @patch

@@ -119,7 +119,7 @@ def test_bits_add_up_in_any_width_and_layout(dtype):
     now = stored_in(model, d.kept)
     assert not d.stored(now()).any()
     model.fc.bias[0] += 1
-    assert d.stored(now()).tolist() == [[0, torch.inf]]
+    assert d.stored(now()).tolist() == [0, torch.inf]
 
 def test_too_few_inputs_for_channel_means(made):
     model, data, det = made

@@ -265,14 +265,12 @@ class Call(NamedTuple):
 
 # %% ../nbs/00_core.ipynb #078da0bb
 def view(layer:Layer, out) -> Tensor: # `(N, *layer.shape)`
-    "The layer's value in its logical shape; raises `ValueError` if the network runs at another shape than in the dry run, or, but for autocast, in another precision"
+    "The layer's value in its logical shape; raises `ValueError` if the network runs at another shape than in the dry run"
     x = get_item(out, layer.item) if layer.item else out
     if layer.batch_dim: x = x.movedim(layer.batch_dim, 0)
     if layer.groups > 1 and x.shape[0] % layer.groups == 0: x = x.unflatten(0, (-1, layer.groups))
     if x.shape[1:] != layer.shape:
         raise ValueError(f'layer {layer.name}: logical shape {tuple(x.shape[1:])}, but {layer.shape} in the dry run; inputs must keep the shape of the dry run')
-    if x.dtype is not getattr(torch, layer.dtype, None) and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f'layer {layer.name}: {x.dtype}, but {layer.dtype} in the dry run; find the layers, and fit what looks at them, in the precision that runs')
     return x
 
 def unview(layer:Layer, x:Tensor) -> Tensor:
@@ -407,6 +405,13 @@ def mitigate(
     return out
 
 # %% ../nbs/00_core.ipynb #8e6b9ff5
+def _as_found(layer, out):
+    "The layer's value; raises `ValueError` also if the network runs in another precision than in the dry run, but for autocast"
+    x = view(layer, out)
+    if x.dtype is not getattr(torch, layer.dtype, None) and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f'layer {layer.name}: {x.dtype}, but {layer.dtype} in the dry run; find the layers, and fit what looks at them, in the precision that runs')
+    return x
+
 class Recorder(Tap):
     "Compute `fn(x, i, call)` at each layer i and keep the results until `take`"
     def __init__(self,
@@ -425,7 +430,7 @@ class Recorder(Tap):
             if (rows := mine.value) is None:
                 if asleep: return out
                 mine.value = rows = {}
-            x = out if plain and out.shape[1:] == shape and out.dtype is dtype else view(layer, out) # which would give `out` itself
+            x = out if plain and out.shape[1:] == shape and out.dtype is dtype else _as_found(layer, out) # which would give `out` itself
             rows[i] = fn(x.detach() if x.requires_grad else x, i, Call(layer, module, args, kwargs))
             return out
         return work

@@ -161,13 +161,18 @@ SDCS, FOUND, GRID, BITS, FALSE = FOLDER / 'sdcs.parquet', *(FOLDER / f'{n}.csv' 
 
 class Net:
     "A network in one precision, its layers and the test images"
-    def __init__(self, network, dtype):
-        self.network, self.dtype, dt = network, dtype, getattr(torch, dtype)
-        self.model, self.test = NETWORKS[network]().to(dt), Batches(cifar10_splits()['test'], dt)
+    def __init__(self, network, dtype, device='cpu'):
+        self.network, self.dtype, self.device, dt = network, dtype, device, getattr(torch, dtype)
+        self.model, self.test = NETWORKS[network]().to(device, dt), Batches(cifar10_splits()['test'], dt)
         self.found = layers(self.model, next(iter(self.test)))
 
-    def cells(self, args) -> list: # Values of `CELL`
-        return [(self.network, self.dtype, t, k, third) for k, t, third in itertools.product(args.kinds or kinds(self.dtype), args.targets, range(3))]
+    def cells(self, args): # Values of `CELL`
+        "All that are asked for, but those that were begun on another device, which rounds otherwise"
+        every = [(self.network, self.dtype, t, k, third) for k, t, third in itertools.product(args.kinds or kinds(self.dtype), args.targets, range(3))]
+        begun = pd.read_csv(FOUND).set_index(CELL).device
+        for c in every:
+            if (there := begun.get(c, self.device)) == self.device: yield c
+            else: print(f'{name_of(c)} was found on {there}: go on with --device {there}', flush=True)
 
     def run(self, faults, images, **more): return run(self.model, images, faults, self.found, **more)
     def images(self, first, n): return Batches(self.test.dataset[first:first + n], self.test.dtype)
@@ -210,7 +215,7 @@ def find(net, args):
             sdc = net.campaign(faults, net.images(first, n), folder).query("outcome == 'SDC'")
             bad, here = np.append(bad, done + sdc.fault.unique()), faults.fault.nunique()
             at = dict(zip(COUNTS, (done + here, at['runs'] + here * (100 if cell[2] == 'weight' else 1), at['sdcs'] + len(sdc), len(bad))))
-            keep(cell, at, bad)
+            keep(cell, at, bad, net.device)
             shutil.rmtree(folder)
         if at['faults'] > begun: print(name_of(cell), at, flush=True)
 
@@ -232,11 +237,11 @@ def put(path, new, by):
         t = pd.concat([old[~old.set_index(by).index.isin(new.set_index(by).index)], new]).sort_values(by, kind='stable')
         replace_file(path, lambda p: write(t.convert_dtypes(), p, index=False))
 
-def keep(cell, at, bad):
+def keep(cell, at, bad, device):
     "Put a cell into the tables, the list of its faults first"
     row = dict(zip(CELL, cell))
     put(SDCS, pd.DataFrame({**row, 'fault': bad}), CELL)
-    put(FOUND, pd.DataFrame([row | at]), CELL)
+    put(FOUND, pd.DataFrame([row | at | {'device': device}]), CELL)
 
 # ---------------------------------------------------------------- judge
 
@@ -286,12 +291,13 @@ def main():
     p.add_argument('--stages', nargs='+', default=['find', 'judge'], choices=['find', 'judge'])
     p.add_argument('--detectors', nargs='+', default=[], help='judge by these only, named as in grid.csv, and keep what the others said')
     p.add_argument('--no-odd', action='store_true', help='leave out the unusual inputs')
+    p.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     p.add_argument('--threads', type=int, default=1)
     p.add_argument('--work', type=Path, default=Path(__file__).parent / 'grid', help='folder of the campaigns that are under way')
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     for network, dtype in itertools.product(args.networks, args.dtypes):
-        net = Net(network, dtype)
+        net = Net(network, dtype, args.device)
         if 'find' in args.stages: find(net, args)
         if 'judge' not in args.stages: continue
         b = Bench(net, not args.no_odd, args.detectors)

@@ -148,7 +148,8 @@ class Worker:
         r = run_faults(s.model, [s.batches[batch]], here, s.layers, watch, s.repairs, criterion=s.criterion, forward=s.forward, images=size, desc=None, cuts=self.cuts)
         res = r.table[['outcome', *(c for c in FLAGS if c in r.table)]]
         res = res.assign(**{f'{n}.{c}': z.table[c] for n, z in r.repaired.items() for c in ('outcome', 'pred') if c in z.table})
-        res = res.assign(**self._verdicts(r), **{f'{n}.record': [*r.faulty[self.sees[n]].flatten(1).numpy()] for n in s.keep})
+        more = self._verdicts(r) | {f'{n}.record': [*r.faulty[self.sees[n]].flatten(1).numpy()] for n in s.keep}
+        res = pd.concat([res, pd.DataFrame(more, res.index)], axis=1) # at once: of many detectors, column by column would take long
         res.insert(0, 'fault', ids[r.table.fault]); res.insert(1, 'image', r.table.image.to_numpy() + start)
         return res
 

@@ -203,6 +203,7 @@ class Together(LayerDetector):
         super().__init__([l for l in order if l.name in wanted])
         place = {l.name: i for i, l in enumerate(self.layers)}
         self.parts, self.mine = parts, [[place[l.name] for l in p.layers] for p in parts] # where each part's layers are among all
+        self.at = torch.tensor([i for mine in self.mine for i in mine]) # the same, one after the other
         self.widths, self.shapes = {}, {} # of records, known once they were seen
 
     def observe(self, x, i, call=None): # `(N, sum of the parts' R)`
@@ -232,6 +233,6 @@ def learn(self:Together, clean):
 
 @patch
 def judge_layers(self:Together, records):
-    s = records.new_full((len(records), len(self.layers)), -torch.inf)
-    for (p, r), mine, scale in zip(self._of_parts(records), self.mine, self.scale.to(records.device)): s[:, mine] = torch.maximum(s[:, mine], p.statistic(r) / scale)
-    return s
+    seen = [p.statistic(r) / scale for (p, r), scale in zip(self._of_parts(records), self.scale.to(records.device))]
+    none, at = records.new_full((len(records), len(self.layers)), -torch.inf), self.at.to(records.device)
+    return none.scatter_reduce(1, at.expand(len(records), -1), torch.cat(seen, 1).to(none.dtype), 'amax')

@@ -40,7 +40,7 @@ class Guard(nn.Module):
         self.model, self.detector, self.threshold, self.info = model, detector, threshold, info or {}
         self.on_alarm, self.stop, self.closed, self.training = on_alarm, stop, False, model.training
         self._check()
-        self.numbers, self.collect = _numbers(detector), collector(model, detector)
+        self.numbers, self.collect = [(d, _numbers(d)) for d in (detector, *getattr(detector, 'parts', ()))], collector(model, detector)
         self.recorder = Recorder(model, detector.layers, self._stopper() if stop else getattr(detector, 'columns', detector.observe), asleep=True)
 
     def forward(self, *args, **kwargs) -> tuple[object, Verdict]:
@@ -94,7 +94,7 @@ def _check(self:Guard):
 # %% ../nbs/08_guard.ipynb #c0823597
 @patch
 def _statistic(self:Guard, records) -> Tensor: # `(N, L)`
-    _move(self.detector, self.numbers, records[0].device)
+    for d, names in self.numbers: _move(d, names, records[0].device)
     return self.detector.statistic(torch.cat(records, 1) if self.stop else self.collect(records))
 
 def _numbers(d) -> list: # Names
@@ -206,7 +206,7 @@ def _stopper(self:Guard):
     @torch.no_grad()
     def look(x, i, call):
         one, so_far = parts[i]
-        for d in (one, so_far): _move(d, self.numbers, x.device)
+        for d in (one, so_far): _move(d, self.numbers[0][1], x.device)
         tests = one.collect([self.detector.observe(x, i, call)])
         verdict = judge(so_far.statistic(torch.cat([*self.recorder.so_far(i), tests], 1)), self.threshold)
         if verdict.alarm.any(): raise SDCDetected(verdict, self.layers)

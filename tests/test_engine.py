@@ -64,7 +64,7 @@ class Look:
     def __init__(self, layers, model): self.layers, self.kept = layers, [n for n, t in model.state_dict(keep_vars=True).items() if t.is_floating_point()]
     def sums(self, x):
         bits = plain(x.flatten(1)).long()
-        return torch.stack([bits.sum(1), (bits * torch.arange(1, bits.shape[1] + 1)).sum(1)], 1)
+        return torch.stack([bits.sum(1), (bits * torch.arange(1, bits.shape[1] + 1, device=bits.device)).sum(1)], 1)
     def observe(self, x, i, call):
         given = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, torch.Tensor) and a.ndim > 1 and len(a) == len(x)]
         return self.sums(x) + sum((k + 2) * self.sums(a) for k, a in enumerate(given) if a.is_floating_point())

@@ -1,7 +1,8 @@
 """Which detector sees which faults: the tables behind the leaderboard
 
 Networks, precisions, faults in neurons and in weights, nine error models, thirds of the depth. A cell is filled until it holds
-1,000 SDCs (of 100 different faults at least) or 100,000 runs (a neuron fault is one run; a weight fault runs on 100 images).
+1,000 SDCs (of 100 different faults at least) or 100,000 runs (a neuron fault is one run; a weight fault runs on a batch: 100
+images, or 1,000 on a GPU).
 Faults that make SDCs are found first, without any detector; then they alone run again with all detectors looking on, which
 gives the same bits. Profiles and fits use training images, thresholds the 5,000 images held out from training, and faults
 strike the 10,000 test images, on which the false-positive rates are measured.
@@ -37,7 +38,8 @@ FOLDER = Path(__file__).parent / 'results'
 NETWORKS = {'resnet18': trained_resnet18, 'vit': trained_vit}
 EXPONENT = {'float32': (23, 30), 'bfloat16': (7, 14), 'float16': (10, 14)}  # lowest and highest bit
 FPRS = .01, .001
-PORTION = {'neuron': 2000, 'weight': 25}  # faults on a batch of 100 images
+SIZE = {'cpu': 100, 'cuda': 1000} # Images in a batch
+PORTION = {'cpu': {'neuron': 2000, 'weight': 25}, 'cuda': {'neuron': 20000, 'weight': 25}} # Faults on a batch
 
 # ---------------------------------------------------------------- what strikes
 
@@ -50,7 +52,7 @@ def kinds(dtype) -> dict: # Name to error models that take turns, pattern in neu
             'U(±10)': value(uniform(lo=-10, hi=10)), 'U(±100)': value(uniform(lo=-100, hi=100)), 'U(±1000)': value(uniform(lo=-1000, hi=1000)),
             'zeroed channel': ([stuck_at(value=0.)], channel(), row()), 'stuck at 0': value(stuck_at(value=0.))}
 
-def draw(model, here, target, kind, n, seed, images, struck=100) -> pd.DataFrame:
+def draw(model, here, target, kind, n, seed, images, struck) -> pd.DataFrame:
     "n faults in the layers `here`; a neuron fault on one image, a weight fault on as many as are `struck`, a batch"
     models, in_neurons, in_weights = kind
     owned = [p.name for p in parameter_places(model) if p.name.rpartition('.')[0] in {l.path for l in here}] if target == 'weight' else None
@@ -61,7 +63,7 @@ def draw(model, here, target, kind, n, seed, images, struck=100) -> pd.DataFrame
 
 class Batches:
     "Images in batches, in some precision"
-    def __init__(self, data, dtype, size=100): self.batches, self.dtype, self.dataset = loader(data, size), dtype, data
+    def __init__(self, data, dtype, size): self.batches, self.dtype, self.dataset = loader(data, size), dtype, data
     def __len__(self): return len(self.batches)
     def __iter__(self): return ((x.to(self.dtype), y) for x, y in self.batches)
 
@@ -112,29 +114,29 @@ def rivals(network, model, batch, found) -> dict:
             'softmax': Doubt(found), 'entropy': Doubt(found, entropy), 'energy': Doubt(found, energy), **pooled,
             'checksums, one by one': Checksum(model, batch, fuse=False), 'checksums': Checksum(model, batch), 'checksums and extremes': Together([Checksum(model, batch), Extremes(blocks)], every)}
 
-def tree(model, data, found, dt) -> QuantileTree:
+def tree(net, data) -> QuantileTree:
     "Grown on faults in training images: large values, and the exponent's highest bit"
-    det = QuantileTree([found[len(found) // 2], found[-4], found[-2]])
-    faults = pd.concat([draw_neurons(found, 2000, m, seed=10**6 + i) for i, m in enumerate(v for n in OUT_OF_RANGE for v in kinds(str(dt)[6:])[n][0])], ignore_index=True)
-    r = run(model, Batches(data, dt), faults.assign(image=faults.index % 300), found, {'tree': det}, desc='grow a tree')
+    det, found = QuantileTree([net.found[len(net.found) // 2], net.found[-4], net.found[-2]]), net.found
+    faults = pd.concat([draw_neurons(found, 2000, m, seed=10**6 + i) for i, m in enumerate(v for n in OUT_OF_RANGE for v in kinds(net.dtype)[n][0])], ignore_index=True)
+    r = run(net.model, net.batches(data), faults.assign(image=faults.index % 300), found, {'tree': det}, desc='grow a tree')
     det.learn_faults(r.clean['tree'], r.faulty['tree'][torch.tensor((r.table.outcome == 'SDC').tolist())])
     return det
 
 class Bench:
     "A network in one precision, detectors, their thresholds and false positives"
     def __init__(self, net, odd_too=True, only=()):
-        dt, sets = net.test.dtype, cifar10_splits()
-        fit, wanted = Batches(sets['train'][:1000], dt), lambda named: {n: v for n, v in named.items() if not only or n in only}
+        sets = cifar10_splits()
+        fit, wanted = net.batches(sets['train'][:1000]), lambda named: {n: v for n, v in named.items() if not only or n in only}
         self.net = net
         first = next(iter(net.test))
         dets = fit_detectors(net.model, fit, wanted(rivals(net.network, net.model, first, net.found)))
-        dets |= fit_detectors(net.model, Batches(sets['train'][:FITTED], dt), wanted(sentinels(net.network, net.model, first)))
-        dets |= {n: grow() for n, grow in wanted({'quantile tree': lambda: tree(net.model, sets['train'][1000:3000], net.found, dt)}).items()}
+        dets |= fit_detectors(net.model, net.batches(sets['train'][:FITTED]), wanted(sentinels(net.network, net.model, first)))
+        dets |= {n: grow() for n, grow in wanted({'quantile tree': lambda: tree(net, sets['train'][1000:3000])}).items()}
         self.detectors = dets | dna(net, fit, wanted(settings()))
-        self.thresholds = {(n, f): threshold(m, f) for n, m in self.clean(Batches(sets['heldout'], dt), 'calibrate').items() for f in FPRS}
+        self.thresholds = {(n, f): threshold(m, f) for n, m in self.clean(net.batches(sets['heldout']), 'calibrate').items() for f in FPRS}
         looks = {'test': sets['test'], **(odd(sets['test']) if odd_too else {})}
         self.false = pd.DataFrame([dict(network=net.network, dtype=net.dtype, inputs=inputs, detector=n, fpr=f, alarms=int((~(m <= self.thresholds[n, f])).sum()), images=len(m))
-                                   for inputs, d in looks.items() for n, m in self.clean(Batches(d, dt), inputs).items() for f in FPRS])
+                                   for inputs, d in looks.items() for n, m in self.clean(net.batches(d), inputs).items() for f in FPRS])
 
     def clean(self, data, desc) -> dict: # Name to `(n,)`
         "The statistic of every detector on clean images"
@@ -162,8 +164,8 @@ SDCS, FOUND, GRID, BITS, FALSE = FOLDER / 'sdcs.parquet', *(FOLDER / f'{n}.csv' 
 class Net:
     "A network in one precision, its layers and the test images"
     def __init__(self, network, dtype, device='cpu'):
-        self.network, self.dtype, self.device, dt = network, dtype, device, getattr(torch, dtype)
-        self.model, self.test = NETWORKS[network]().to(device, dt), Batches(cifar10_splits()['test'], dt)
+        self.network, self.dtype, self.device, self.size = network, dtype, device, SIZE[device]
+        self.model, self.test = NETWORKS[network]().to(device, getattr(torch, dtype)), self.batches(cifar10_splits()['test'])
         self.found = layers(self.model, next(iter(self.test)))
 
     def cells(self, args): # Values of `CELL`
@@ -174,12 +176,12 @@ class Net:
             if (there := begun.get(c, self.device)) == self.device: yield c
             else: print(f'{name_of(c)} was found on {there}: go on with --device {there}', flush=True)
 
-    def run(self, faults, images, **more): return run(self.model, images, faults, self.found, **more)
-    def images(self, first, n): return Batches(self.test.dataset[first:first + n], self.test.dtype)
+    def batches(self, data): return Batches(data, getattr(torch, self.dtype), self.size)
+    def images(self, first, n): return self.batches(self.test.dataset[first:first + n])
 
     def campaign(self, faults, images, folder, **more) -> pd.DataFrame:
         "Rows of a campaign, which goes on where it was stopped"
-        return Campaign(self.model, images, faults=faults, **more).run(folder).table
+        return Campaign(self.model, images, faults=faults, chunk=10 * self.size, **more).run(folder).table
 
 def name_of(cell) -> str: return '-'.join(map(str, cell))
 def number(faults) -> pd.Series: return (faults.part == 0).cumsum() - 1 # Which fault of the list a row belongs to
@@ -188,10 +190,10 @@ def thirds(found) -> list: return [found[len(found) * i // 3:len(found) * (i + 1
 def portion(net, cell, done) -> tuple: # Faults on their images, where these begin among all, and how many there are
     "The faults of a cell that come after the first so many"
     *_, target, kind, third = cell
-    size, batches = PORTION[target], 4 if done else 1  # a look first: where most faults are SDCs, few are needed
-    first = 100 * (done // size) % (len(net.test.dataset) - 400)
-    faults = draw(net.model, thirds(net.found)[third], target, kinds(net.dtype)[kind], batches * size, zlib.crc32(name_of(cell).encode()) // 4 + done, 100 * batches)
-    return listed(faults, name_of(cell)), first, 100 * batches
+    each, batches = PORTION[net.device][target], 4 if done else 1  # a look first: where most faults are SDCs, few are needed
+    first, images = net.size * (done // each) % (len(net.test.dataset) - 4 * net.size), net.size * batches
+    faults = draw(net.model, thirds(net.found)[third], target, kinds(net.dtype)[kind], batches * each, zlib.crc32(name_of(cell).encode()) // 4 + done, images, net.size)
+    return listed(faults, name_of(cell)), first, images
 
 COUNTS = ['faults', 'runs', 'sdcs', 'made_by'] # Of a cell: faults drawn, inferences with them, SDCs, faults that made these
 
@@ -214,7 +216,7 @@ def find(net, args):
             folder = args.work / 'found' / f'{name_of(cell)}-{done}'
             sdc = net.campaign(faults, net.images(first, n), folder).query("outcome == 'SDC'")
             bad, here = np.append(bad, done + sdc.fault.unique()), faults.fault.nunique()
-            at = dict(zip(COUNTS, (done + here, at['runs'] + here * (100 if cell[2] == 'weight' else 1), at['sdcs'] + len(sdc), len(bad))))
+            at = dict(zip(COUNTS, (done + here, at['runs'] + here * (net.size if cell[2] == 'weight' else 1), at['sdcs'] + len(sdc), len(bad))))
             keep(cell, at, bad, net.device)
             shutil.rmtree(folder)
         if at['faults'] > begun: print(name_of(cell), at, flush=True)
@@ -272,7 +274,7 @@ def judged(b:Bench, cell, at, bad, folder) -> tuple: # Numbers of SDCs that each
     "The faults of a cell once more, with all detectors looking on"
     if not len(bad): return {f'{n} @ {f}': 0 for n, f in b.thresholds}, pd.DataFrame()
     faults = of_cell(b.net, cell, at, bad)
-    t = b.net.campaign(faults, b.net.images(0, faults.image.max() // 100 * 100 + 100), folder, detectors=b.watch()).query("outcome == 'SDC'")
+    t = b.net.campaign(faults, b.net.images(0, (faults.image.max() // b.net.size + 1) * b.net.size), folder, detectors=b.watch()).query("outcome == 'SDC'")
     if len(t) != at['sdcs']: raise RuntimeError(f'{name_of(cell)}: {at["sdcs"]} SDCs became {len(t)} when they were run again')
     seen = pd.DataFrame({f'{n} @ {f}': ~(t[f'{n}.score'] <= v) for (n, f), v in b.thresholds.items()}, index=t.index)
     shutil.rmtree(folder)

@@ -9,7 +9,7 @@ whoever has a guard keeps it open. Several processes run one after the other, fo
 The summary gives, for each detector, batch and mode, the median ratio over all rounds, and its 95 % interval from a
 bootstrap that draws processes and then rounds of each. A target counts as met if the upper end meets it.
 
-Writes guard-NETWORK.csv (one row per detector, batch, mode and process), guard-NETWORK-summary.csv and guard-NETWORK.svg.
+Writes guard-NETWORK.csv, or guard-NETWORK-cuda.csv (one row per detector, batch, mode and process), guard-NETWORK-summary.csv and guard-NETWORK.svg.
 Rows of detectors that are not measured this time are kept.
 Seconds of every run go to guard_raw/, one file per process and mode; files that are there are not measured again, so delete the
 folder before other detectors or rounds.
@@ -61,9 +61,15 @@ def twin(model):
 def seconds(run, x):
     "Of the second of two runs: opening taps has left other things in the caches than inferences do"
     run(x)
+    wait(x)
     start = time.perf_counter()
     run(x)
+    wait(x)
     return time.perf_counter() - start
+
+def wait(x):
+    "Until a GPU has done what it was given"
+    if x.is_cuda: torch.cuda.synchronize()
 
 def eager(model, watch):
     "`{name: f(x) -> seconds}` of one model object; opening and closing the taps is not timed"
@@ -91,8 +97,8 @@ def turns(timers, x, n) -> np.ndarray: # Seconds `(timers, n)`
 
 def measure(a):
     "Write the raw file of one process and mode"
-    model = NETWORKS[a.network]()
-    weights, images = sum(p.nbytes for p in model.parameters()), normalize(sample('evaluate').images[:max(a.batches)])
+    model = NETWORKS[a.network](a.device)
+    weights, images = sum(p.nbytes for p in model.parameters()), normalize(sample('evaluate').images[:max(a.batches)]).to(a.device)
     with torch.inference_mode():
         watch = detectors(a.network, model, a.detectors)
         timers = {'eager': eager, 'compiled': compiled}[a.mode](model, watch)
@@ -165,6 +171,7 @@ def main():
     p.add_argument('--processes', type=int, default=5)
     p.add_argument('--detectors', nargs='+', default=[], help='only these')
     p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     p.add_argument('--out', type=Path, default=FOLDER)
     p.add_argument('--mode', help=argparse.SUPPRESS) # these two are set in the processes that this one starts
     p.add_argument('--raw', type=Path, help=argparse.SUPPRESS)
@@ -173,17 +180,18 @@ def main():
     if a.raw: return measure(a)
     folder = a.out / 'guard_raw'
     folder.mkdir(parents=True, exist_ok=True)
-    files = {(mode, k): folder / f'{a.network}-{mode}-{k}.npz' for k in range(a.processes) for mode in a.modes}
+    name = a.network if a.device == 'cpu' else f'{a.network}-{a.device}'
+    files = {(mode, k): folder / f'{name}-{mode}-{k}.npz' for k in range(a.processes) for mode in a.modes}
     for (mode, _), file in files.items():
         tmp = file.with_suffix('.tmp.npz')
         if file.exists(): continue
         subprocess.run([sys.executable, __file__, *sys.argv[1:], '--mode', mode, '--raw', tmp], check=True)
         tmp.rename(file)
     rows, s = tables(files)
-    names = [a.out / f'guard-{a.network}{end}.csv' for end in ('', '-summary')]
-    rows, s = (merged(*z) for z in zip(names, (rows, s)))
-    for name, t in zip(names, (rows, s)): t.to_csv(name, index=False, float_format='%.6g')
-    chart(s).savefig(a.out / f'guard-{a.network}.svg')
+    paths = [a.out / f'guard-{name}{end}.csv' for end in ('', '-summary')]
+    rows, s = (merged(*z) for z in zip(paths, (rows, s)))
+    for file, t in zip(paths, (rows, s)): t.to_csv(file, index=False, float_format='%.6g')
+    chart(s).savefig(a.out / f'guard-{name}.svg')
     print(s.round(4).to_string(index=False))
 
 if __name__ == '__main__': main()

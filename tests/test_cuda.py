@@ -6,7 +6,7 @@ import pandas as pd, pytest, torch
 from drdna.baselines import fit_detectors
 from drdna.campaign import Calibrated, Campaign
 from drdna.checksums import Checksum, Together
-from drdna.core import layers, stored_in, weights_hash
+from drdna.core import layers, weights_hash
 from drdna.detection import DrDNA
 from drdna.engine import Cuts, run
 from drdna.guard import Guard, SDCDetected
@@ -189,7 +189,7 @@ def test_profiles_are_those_of_the_cpu(model, data, device):
 @torch.no_grad()
 def test_the_ladder_and_the_golden_copy(model, data, device):
     net, x = copy.deepcopy(model).to(device), data[0].to(device)
-    p, golden, clean = profile(net, data), Golden(net), net(x)
+    golden, clean = Golden(net), net(x)
     with make(net, data, 'Extremes') as g: det, t = g.detector, 4 * g.threshold
     guard = judged(net, det, t)
     rungs = {'again': guard, 'restore': restored(golden, guard)}

@@ -1,6 +1,6 @@
 """Which detector sees which faults: the tables behind the leaderboard
 
-Networks, precisions, faults in neurons and in weights, nine error models, thirds of the depth. A cell is filled until it holds
+Networks, precisions, a CPU or a GPU (which round otherwise), faults in neurons and in weights, nine error models, thirds of the depth. A cell is filled until it holds
 1,000 SDCs (of 100 different faults at least) or 100,000 runs (a neuron fault is one run; a weight fault runs on a batch: 100
 images, or 1,000 on a GPU).
 Faults that make SDCs are found first, without any detector; then they alone run again with all detectors looking on, which
@@ -135,7 +135,7 @@ class Bench:
         self.detectors = dets | dna(net, fit, wanted(settings()))
         self.thresholds = {(n, f): threshold(m, f) for n, m in self.clean(net.batches(sets['heldout']), 'calibrate').items() for f in FPRS}
         looks = {'test': sets['test'], **(odd(sets['test']) if odd_too else {})}
-        self.false = pd.DataFrame([dict(network=net.network, dtype=net.dtype, inputs=inputs, detector=n, fpr=f, alarms=int((~(m <= self.thresholds[n, f])).sum()), images=len(m))
+        self.false = pd.DataFrame([dict(network=net.network, dtype=net.dtype, device=net.device, inputs=inputs, detector=n, fpr=f, alarms=int((~(m <= self.thresholds[n, f])).sum()), images=len(m))
                                    for inputs, d in looks.items() for n, m in self.clean(net.batches(d), inputs).items() for f in FPRS])
 
     def clean(self, data, desc) -> dict: # Name to `(n,)`
@@ -168,13 +168,8 @@ class Net:
         self.model, self.test = NETWORKS[network]().to(device, getattr(torch, dtype)), self.batches(cifar10_splits()['test'])
         self.found = layers(self.model, next(iter(self.test)))
 
-    def cells(self, args): # Values of `CELL`
-        "All that are asked for, but those that were begun on another device, which rounds otherwise"
-        every = [(self.network, self.dtype, t, k, third) for k, t, third in itertools.product(args.kinds or kinds(self.dtype), args.targets, range(3))]
-        begun = pd.read_csv(FOUND).set_index(CELL).device
-        for c in every:
-            if (there := begun.get(c, self.device)) == self.device: yield c
-            else: print(f'{name_of(c)} was found on {there}: go on with --device {there}', flush=True)
+    def cells(self, args) -> list: # Values of `CELL`
+        return [(self.network, self.dtype, self.device, t, k, third) for k, t, third in itertools.product(args.kinds or kinds(self.dtype), args.targets, range(3))]
 
     def batches(self, data): return Batches(data, getattr(torch, self.dtype), self.size)
     def images(self, first, n): return self.batches(self.test.dataset[first:first + n])
@@ -183,7 +178,10 @@ class Net:
         "Rows of a campaign, which goes on where it was stopped"
         return Campaign(self.model, images, faults=faults, chunk=10 * self.size, **more).run(folder).table
 
-def name_of(cell) -> str: return '-'.join(map(str, cell))
+def name_of(cell) -> str: # Without the device
+    network, dtype, _, *rest = cell
+    return '-'.join(map(str, (network, dtype, *rest)))
+
 def number(faults) -> pd.Series: return (faults.part == 0).cumsum() - 1 # Which fault of the list a row belongs to
 def thirds(found) -> list: return [found[len(found) * i // 3:len(found) * (i + 1) // 3] for i in range(3)]
 
@@ -216,8 +214,8 @@ def find(net, args):
             folder = args.work / 'found' / f'{name_of(cell)}-{done}'
             sdc = net.campaign(faults, net.images(first, n), folder).query("outcome == 'SDC'")
             bad, here = np.append(bad, done + sdc.fault.unique()), faults.fault.nunique()
-            at = dict(zip(COUNTS, (done + here, at['runs'] + here * (net.size if cell[2] == 'weight' else 1), at['sdcs'] + len(sdc), len(bad))))
-            keep(cell, at, bad, net.device)
+            at = dict(zip(COUNTS, (done + here, at['runs'] + here * (net.size if 'weight' in cell else 1), at['sdcs'] + len(sdc), len(bad))))
+            keep(cell, at, bad)
             shutil.rmtree(folder)
         if at['faults'] > begun: print(name_of(cell), at, flush=True)
 
@@ -239,11 +237,11 @@ def put(path, new, by):
         t = pd.concat([old[~old.set_index(by).index.isin(new.set_index(by).index)], new]).sort_values(by, kind='stable')
         replace_file(path, lambda p: write(t.convert_dtypes(), p, index=False))
 
-def keep(cell, at, bad, device):
+def keep(cell, at, bad):
     "Put a cell into the tables, the list of its faults first"
     row = dict(zip(CELL, cell))
     put(SDCS, pd.DataFrame({**row, 'fault': bad}), CELL)
-    put(FOUND, pd.DataFrame([row | at | {'device': device}]), CELL)
+    put(FOUND, pd.DataFrame([row | at]), CELL)
 
 # ---------------------------------------------------------------- judge
 
@@ -303,7 +301,7 @@ def main():
         if 'find' in args.stages: find(net, args)
         if 'judge' not in args.stages: continue
         b = Bench(net, not args.no_odd, args.detectors)
-        put(FALSE, b.false, ['network', 'dtype', 'inputs', 'detector', 'fpr'])
+        put(FALSE, b.false, ['network', 'dtype', 'device', 'inputs', 'detector', 'fpr'])
         judge_cells(b, args)
 
 if __name__ == '__main__': main()

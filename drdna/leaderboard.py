@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
 # %% ../nbs/10b_leaderboard.ipynb #d8a31e8e
-CELL = ['network', 'dtype', 'target', 'kind', 'third']
+CELL = ['network', 'dtype', 'device', 'target', 'kind', 'third']
 OUT_OF_RANGE = 'exponent MSB', 'U(±100)', 'U(±1000)' # error models whose values mostly lie outside what a layer shows
 
 def long_form(
@@ -33,16 +33,16 @@ def standings(
     cells:pd.DataFrame, # From `long_form`
     fpr:float, # Target false-positive rate
     least:int=100, # SDCs that a cell needs
-) -> pd.DataFrame: # A row per network, precision, range and detector; best macro-average first
+) -> pd.DataFrame: # A row per network, precision, device, range and detector; best macro-average first
     "Macro-average and worst cell of every detector"
     t = cells[cells.fpr == fpr].assign(range=lambda t: np.where(t.kind.isin(OUT_OF_RANGE), 'out of range', 'in range'))
-    by = ['network', 'dtype', 'range', 'detector']
+    by = ['network', 'dtype', 'device', 'range', 'detector']
     full, rest = t[t.n >= least], t[t.n < least]
     worst = full.loc[full.groupby(by).lo.idxmin()].set_index(by)
     res = full.groupby(by).agg(cells=('n', 'size'), sdcs=('n', 'sum'), macro=('recall', 'mean')).assign(
         worst=worst.recall, lower=worst.lo, worst_cell=worst.target + ', ' + worst.kind + ', third ' + (worst.third + 1).astype(str))
     small = rest.groupby(by)[['k', 'n']].sum()
-    return res.assign(rest=(small.k.astype(int).astype(str) + '/' + small.n.astype(int).astype(str)).reindex(res.index).fillna('')).reset_index().sort_values(['network', 'dtype', 'range', 'macro'], ascending=[True, False, False, False])
+    return res.assign(rest=(small.k.astype(int).astype(str) + '/' + small.n.astype(int).astype(str)).reindex(res.index).fillna('')).reset_index().sort_values(['network', 'dtype', 'device', 'range', 'macro'], ascending=[True, False, True, False, False])
 
 # %% ../nbs/10b_leaderboard.ipynb #2b8d899f
 def pareto(

@@ -1,4 +1,4 @@
-"A network on a GPU: the same verdicts, the same bits by every way, no waiting. Without a GPU the same on the CPU, so that nothing here goes stale"
+"A network on a GPU: the same verdicts, the same bits by every way, no waiting. Without a GPU a few of these tests run on the CPU, so that nothing here goes stale"
 import copy, shutil
 
 import pandas as pd, pytest, torch
@@ -8,7 +8,7 @@ from drdna.campaign import Calibrated, Campaign
 from drdna.checksums import Checksum, Together
 from drdna.core import layers, weights_hash
 from drdna.detection import DrDNA
-from drdna.engine import Cuts, run
+from drdna.engine import run
 from drdna.guard import Guard, SDCDetected
 from drdna.injection import draw_neurons, draw_weights, flip, uniform
 from drdna.mitigation import Golden, Ladder, Restrict, Rerun, clamp, judged, restored
@@ -18,8 +18,10 @@ from drdna.sentinel import Sentinel, offers
 from test_engine import Look, agree, built, mixture, one_thread, plain # noqa: F401, one_thread is used by being here
 from test_guard import DETECTORS, Graphs, Net, everywhere, same
 
-@pytest.fixture(scope='module', params=['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA'))])
-def device(request): return torch.device(request.param)
+GPU = torch.cuda.is_available()
+
+@pytest.fixture(scope='module')
+def device(): return torch.device('cuda' if GPU else 'cpu')
 
 MORE = {'Checksum': lambda m, x: Checksum(m, x), 'Together': lambda m, x: Together([Checksum(m, x), DETECTORS['Extremes'](everywhere(m, [x]))], everywhere(m, [x])),
         'Sentinel': lambda m, x: Sentinel(m, x, [p for p in offers(m, x) if p[0] != 'check'])}
@@ -53,7 +55,7 @@ def make(model, data, name):
     if name in ROUNDING: g.threshold *= 100
     return g
 
-@pytest.fixture(scope='module', params=[*DETECTORS, *MORE])
+@pytest.fixture(scope='module', params=[*DETECTORS, *MORE] if GPU else ['DrDNA', 'Together'])
 def guards(request, model, data, device):
     "A guard on the CPU, one of the same detector on the device, and one that was fitted there"
     there = copy.deepcopy(model).to(device)
@@ -65,7 +67,7 @@ def close(got, want, rounding=False):
     return torch.equal(got.alarm.cpu(), want.alarm) and torch.equal(got.layer.cpu(), want.layer) and torch.allclose(got.score.cpu()[fine], want.score[fine], rtol=.01, atol=.01)
 
 def waiting(mode):
-    if torch.cuda.is_available(): torch.cuda.set_sync_debug_mode(mode)
+    if GPU: torch.cuda.set_sync_debug_mode(mode)
 
 # ---------------------------------------------------------------- guards
 
@@ -97,9 +99,8 @@ def test_ways_to_run(guards, x, device):
     with torch.autocast(device.type, torch.bfloat16): low = g(z)[1]
     assert low.alarm[4] and low.score.dtype in (torch.float32, torch.float64)
 
-@pytest.mark.skipif(not shutil.which('g++'), reason='no compiler')
+@pytest.mark.skipif(not GPU or not shutil.which('g++'), reason='no GPU or no compiler')
 def test_compiled_alarms_the_same(guards, x, device):
-    if device.type == 'cpu': pytest.skip('test_guard.py does')
     torch.compiler.reset()
     want, got = guards[1](x.to(device))[1], torch.compile(guards[1], fullgraph=True)(x.to(device))[1]
     assert torch.equal(got.alarm, want.alarm)
@@ -128,7 +129,7 @@ def test_acting(guards, x, device):
 
 # ---------------------------------------------------------------- the engine
 
-@pytest.fixture(params=['resnet', 'mobilenet', 'vit', 'recurrent'])
+@pytest.fixture(params=['resnet', 'mobilenet', 'vit', 'recurrent'] if GPU else ['vit'])
 def net(request, device):
     model, x = built(request.param)
     return model.to(device), x.to(device)
@@ -136,13 +137,12 @@ def net(request, device):
 def test_swept_is_whole(net):
     model, x = net
     found, before = layers(model, x), weights_hash(model)
-    faults, look, cuts = mixture(model, found), {'look': Look(found, model)}, Cuts(model)
-    fast = run(model, [x], faults, found, look, images=6, memory=2**24, cuts=cuts)
+    faults, look = mixture(model, found), {'look': Look(found, model)}
+    fast = run(model, [x], faults, found, look, images=6, memory=2**24)
     bare = run(model, [x], faults, found, images=6)
     slow = run(model, [x], faults, found, look, images=6, sweep=False)
     assert agree(fast, slow) and torch.equal(plain(bare.answers), plain(slow.answers)) and weights_hash(model) == before
     assert (slow.table.outcome != 'masked').mean() >= .3
-    print('\n', type(model).__name__, x.device, 'swept' if all(cuts.known.values()) else 'not cut')
 
 def test_repairs(net):
     model, x = net

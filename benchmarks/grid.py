@@ -10,7 +10,7 @@ strike the 10,000 test images, on which the false-positive rates are measured.
 Both are campaigns (`drdna.campaign`), in folders under `--work`, so that a run that was stopped goes on where it was. What they
 give goes into the committed tables, cell by cell: found.csv, runs and SDCs; sdcs.parquet, the numbers of the faults that made
 them, from which they are drawn again; grid.csv, how many of the SDCs the detectors saw; bits.csv, the same by bit, if all of
-them judged; false.csv, false positives. So a fresh clone goes on with larger limits, and judges another detector in minutes (`--stages judge --detectors NAME`),
+them judged; reach.csv, how many layers after the fault they alarm; false.csv, false positives. So a fresh clone goes on with larger limits, and judges another detector in minutes (`--stages judge --detectors NAME`),
 without the hours of the search.
 """
 import argparse, fcntl, gzip, itertools, shutil, zlib
@@ -159,7 +159,7 @@ def dna(net, fit, settings) -> dict:
 # ---------------------------------------------------------------- find faults that make SDCs
 
 CLUSTERS = 100  # different faults that a full cell of weights has: with fewer, Wilson's lower bound of "all seen" stays below 96 %
-SDCS, FOUND, GRID, BITS, FALSE = FOLDER / 'sdcs.parquet', *(FOLDER / f'{n}.csv' for n in ('found', 'grid', 'bits', 'false'))
+SDCS, FOUND, GRID, BITS, REACH, FALSE = FOLDER / 'sdcs.parquet', *(FOLDER / f'{n}.csv' for n in ('found', 'grid', 'bits', 'reach', 'false'))
 
 class Net:
     "A network in one precision, its layers and the test images"
@@ -263,22 +263,37 @@ def judge_cells(b:Bench, args):
         t = pd.read_csv(GRID)
         old = next((r for r in t[is_cell(t, cell)].to_dict('records') if all(r[c] == at[c] for c in COUNTS)), {})
         if not args.detectors and all(np.isfinite(old.get(f'{n} @ {f}', np.nan)) for n, f in b.thresholds): continue
-        seen, bits = judged(b, cell, at, bad, args.work / 'judged' / name_of(cell))
-        put(GRID, pd.DataFrame([old | dict(zip(CELL, cell)) | at | seen]), CELL)
-        if len(bits) and not args.detectors: put(BITS, bits, [*CELL, 'bit'])
+        row, t = dict(zip(CELL, cell)), again(b, cell, at, bad, args.work / 'judged' / name_of(cell))
+        seen = pd.DataFrame({f'{n} @ {f}': ~(t[f'{n}.score'] <= v) for (n, f), v in b.thresholds.items()}, index=t.index)
+        put(GRID, pd.DataFrame([old | row | at | seen.sum().astype(int).to_dict()]), CELL)
+        put(REACH, reach(t, b).assign(**row), [*CELL, 'detector'])
+        if len(bits := by_bit(t, seen)) and not args.detectors: put(BITS, bits.assign(**row), [*CELL, 'bit'])
         print(name_of(cell), at, flush=True)
 
-def judged(b:Bench, cell, at, bad, folder) -> tuple: # Numbers of SDCs that each detector saw, and the same by bit
-    "The faults of a cell once more, with all detectors looking on"
-    if not len(bad): return {f'{n} @ {f}': 0 for n, f in b.thresholds}, pd.DataFrame()
+def again(b:Bench, cell, at, bad, folder) -> pd.DataFrame: # A row per SDC
+    "The faults of a cell that make SDCs once more, with all detectors looking on"
+    if not len(bad): return pd.DataFrame({f'{n}.{c}': [] for n in b.detectors for c in ('score', 'alarm')} | {'model': []}, dtype=object)
     faults = of_cell(b.net, cell, at, bad)
     t = b.net.campaign(faults, b.net.images(0, (faults.image.max() // b.net.size + 1) * b.net.size), folder, detectors=b.watch()).query("outcome == 'SDC'")
     if len(t) != at['sdcs']: raise RuntimeError(f'{name_of(cell)}: {at["sdcs"]} SDCs became {len(t)} when they were run again')
-    seen = pd.DataFrame({f'{n} @ {f}': ~(t[f'{n}.score'] <= v) for (n, f), v in b.thresholds.items()}, index=t.index)
     shutil.rmtree(folder)
-    flipped, strict = t.bit[t.model.str.startswith('flip(')], [c for c in seen if c.endswith(f' @ {min(FPRS)}')]
-    by_bit = seen.loc[flipped.index, strict].groupby(flipped)
-    return seen.sum().to_dict(), by_bit.sum().assign(sdcs=by_bit.size(), **dict(zip(CELL, cell))).reset_index()
+    return t
+
+def by_bit(t, seen) -> pd.DataFrame:
+    "Flips and how many of them each detector saw at the lowest rate"
+    flips = t[t.model.str.startswith('flip(')]
+    groups = seen.loc[flips.index, [c for c in seen if c.endswith(f' @ {min(FPRS)}')]].groupby(flips.bit) if len(flips) else None
+    return pd.DataFrame() if groups is None else groups.sum().assign(sdcs=groups.size()).reset_index()
+
+def reach(t, b:Bench) -> pd.DataFrame: # A row per detector
+    "How many layers lie between the struck one and the first abnormal one, of the SDCs that a detector saw; a stored tensor that looks abnormal is no layer"
+    order = {l.name: i for i, l in enumerate(layers(b.net.model, next(iter(b.net.test)), want=lambda m: True))}
+    def row(n):
+        hit = t[t[f'{n}.alarm'].astype(bool)]
+        where, struck, names = hit[f'{n}.layer'].map(order), hit.layer.map(lambda s: order.get(s, order.get(s.rpartition('.')[0]))), hit[f'{n}.layer'].value_counts()
+        behind = where - struck
+        return dict(detector=n, seen=len(hit), stored=int(where.isna().sum()), median=behind.median(), upper=behind.quantile(.95), most=behind.max(), layer=names.index[0], share=names.iloc[0] / len(hit))
+    return pd.DataFrame([row(n) for n in b.detectors if t[f'{n}.alarm'].any()], columns=['detector', 'seen', 'stored', 'median', 'upper', 'most', 'layer', 'share'])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

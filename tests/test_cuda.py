@@ -16,7 +16,7 @@ from drdna.plan import listed
 from drdna.profiling import profile
 from drdna.sentinel import Sentinel, offers
 from test_engine import Look, agree, built, mixture, one_thread, plain # noqa: F401, one_thread is used by being here
-from test_guard import DETECTORS, Graphs, Net, everywhere, same
+from test_guard import DETECTORS, Graphs, Net, data, everywhere, model, same, x # noqa: F401, model, data and x are fixtures
 
 GPU = torch.cuda.is_available()
 
@@ -34,20 +34,6 @@ def all_bits():
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield
     torch.backends.cudnn.allow_tf32 = before
-
-@pytest.fixture(scope='module')
-def model():
-    torch.manual_seed(0)
-    return Net().eval().requires_grad_(False)
-
-@pytest.fixture(scope='module')
-def data(): return torch.randn(400, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(50)
-
-@pytest.fixture(scope='module')
-def x():
-    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-    x[1] *= 30; x[4] = torch.nan
-    return x
 
 def make(model, data, name):
     how = dict(detector=lambda found: MORE[name](model, data[0])) if name in MORE else dict(detector=DETECTORS[name], layers=everywhere(model, data))

@@ -82,6 +82,7 @@ def eager(model, watch):
 def compiled(model, watch):
     "The same of compiled callables, whose guards stay open"
     nets = {'bare': twin(model)} | {name: Guard(twin(model), d, 0.) for name, d in watch.items()}
+    torch._dynamo.config.recompile_limit = 1000 # all guards share one `forward`, and each has a graph for each batch
     runs = {name: torch.compile(n, fullgraph=True, dynamic=False) for name, n in nets.items()}
     return {name: lambda x, run=run: seconds(run, x) for name, run in runs.items()}
 

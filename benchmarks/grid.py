@@ -1,8 +1,8 @@
 """Which detector sees which faults: the tables behind the leaderboard
 
-Networks, precisions, a CPU or a GPU (which round otherwise), faults in neurons and in weights, nine error models, thirds of the depth. A cell is filled until it holds
-1,000 SDCs (of 100 different faults at least) or 100,000 runs (a neuron fault is one run; a weight fault runs on a batch: 100
-images, or 1,000 on a GPU).
+Networks, precisions, faults in neurons and in weights, nine error models, thirds of the depth; on a CPU or on a GPU, which
+rounds otherwise, so that its cells are cells of their own. A cell is filled until it holds 1,000 SDCs (of 100 different faults
+at least) or 100,000 runs (a neuron fault is one run; a weight fault runs on a batch: 100 images, or 1,000 on a GPU).
 Faults that make SDCs are found first, without any detector; then they alone run again with all detectors looking on, which
 gives the same bits. Profiles and fits use training images, thresholds the 5,000 images held out from training, and faults
 strike the 10,000 test images, on which the false-positive rates are measured.
@@ -10,8 +10,8 @@ strike the 10,000 test images, on which the false-positive rates are measured.
 Both are campaigns (`drdna.campaign`), in folders under `--work`, so that a run that was stopped goes on where it was. What they
 give goes into the committed tables, cell by cell: found.csv, runs and SDCs; sdcs.parquet, the numbers of the faults that made
 them, from which they are drawn again; grid.csv, how many of the SDCs the detectors saw; bits.csv, the same by bit, if all of
-them judged; reach.csv, how many layers after the fault they alarm; false.csv, false positives. So a fresh clone goes on with larger limits, and judges another detector in minutes (`--stages judge --detectors NAME`),
-without the hours of the search.
+them judged; reach.csv, how many layers after the fault they alarm; false.csv, false positives. So a fresh clone goes on with
+larger limits, and judges another detector in minutes (`--stages judge --detectors NAME`), without the hours of the search.
 """
 import argparse, fcntl, gzip, itertools, shutil, zlib
 from contextlib import contextmanager

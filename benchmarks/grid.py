@@ -118,7 +118,7 @@ def tree(net, data) -> QuantileTree:
     "Grown on faults in training images: large values, and the exponent's highest bit"
     det, found = QuantileTree([net.found[len(net.found) // 2], net.found[-4], net.found[-2]]), net.found
     faults = pd.concat([draw_neurons(found, 2000, m, seed=10**6 + i) for i, m in enumerate(v for n in OUT_OF_RANGE for v in kinds(net.dtype)[n][0])], ignore_index=True)
-    r = run(net.model, net.batches(data), faults.assign(image=faults.index % 300), found, {'tree': det}, desc='grow a tree')
+    r = net.run(faults.assign(image=faults.index % 300), net.batches(data), observers={'tree': det}, desc='grow a tree')
     det.learn_faults(r.clean['tree'], r.faulty['tree'][torch.tensor((r.table.outcome == 'SDC').tolist())])
     return det
 
@@ -171,6 +171,7 @@ class Net:
     def cells(self, args) -> list: # Values of `CELL`
         return [(self.network, self.dtype, self.device, t, k, third) for k, t, third in itertools.product(args.kinds or kinds(self.dtype), args.targets, range(3))]
 
+    def run(self, faults, images, **more): return run(self.model, images, faults, self.found, **more)
     def batches(self, data): return Batches(data, getattr(torch, self.dtype), self.size)
     def images(self, first, n): return self.batches(self.test.dataset[first:first + n])
 

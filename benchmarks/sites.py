@@ -60,7 +60,7 @@ def collect(net, folder, portions):
     keep = lambda what, path: replace_file(path, lambda p: torch.save(what, p))
     if not (left := [g for g in GROUPS if not file_of(folder, *g).exists()]): return
     train, first = cifar10_splits()['train'], next(iter(net.test))
-    fit, clean = (Batches(s, net.test.dtype) for s in (train[:FITTED], train[FITTED:FITTED + 3000]))
+    fit, clean = (net.batches(s) for s in (train[:FITTED], train[FITTED:FITTED + 3000]))
     det = fit_detectors(net.model, fit, {'x': Sentinel(net.model, first, offers(net.model, first))})['x']
     if file_of(folder, 'clean').exists() and collected(folder)['picks'] != det.picks: raise SystemExit(f'{folder}: what is collected there is of other picks; delete it first')
     keep(dict(picks=det.picks, heads=det.heads, sizes=sizes(net.model, first), clean=det.deviations(collect_clean(net.model, clean, {'x': det})['x'])), file_of(folder, 'clean'))

@@ -149,7 +149,7 @@ def clean_answers(b) -> dict:
 
 @torch.inference_mode()
 def seconds(b, rounds) -> dict:
-    "Median processor seconds for a batch, all taken in turn: name to `(without alarm, with an alarm)`"
+    "Median processor seconds for a batch, all taken in turn, in another order each round, for what runs after a long one finds its memory cold: (name, fault) to seconds"
     x = next(iter(b.data))[0]
     for x in (x for x, _ in b.data):  # a batch on which the detector is silent
         if not b.guard(x)[1].alarm.any(): break
@@ -163,10 +163,10 @@ def seconds(b, rounds) -> dict:
             ('ladder', 'transient neuron'): partial(laddered, first=strike), ('ladder', 'weight'): partial(laddered, weight), ('ladder', 'permanent neuron'): partial(laddered, always=strike),
             ('again', 'transient neuron'): partial(laddered, first=strike, only='again'), ('restore', 'weight'): partial(laddered, weight, only='restore'), ('check', 'clean'): b.golden.check}
     jobs |= {(n, 'transient neuron'): partial(faulty, b, x, strike, f) for n, f in {'none': nullcontext, **b.repairs}.items()}
-    took = {n: [] for n in jobs}
+    took, turns = {n: [] for n in jobs}, np.random.default_rng(0)
     for _ in range(rounds):
-        for n, f in jobs.items():
-            start = time.process_time(); f(); took[n].append(time.process_time() - start)
+        for n in map([*jobs].__getitem__, turns.permutation(len(jobs))):
+            start = time.process_time(); jobs[n](); took[n].append(time.process_time() - start)
     return {n: float(np.median(t)) for n, t in took.items()}
 
 def faulty(b, x, strike, repair):
@@ -208,11 +208,13 @@ def main():
     a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     a.add_argument('--neurons', type=int, default=1400, help='neuron faults per error model, a multiple of 100')
     a.add_argument('--weights', type=int, default=100, help='weight faults per error model')
-    a.add_argument('--rounds', type=int, default=5, help='rounds of timing')
+    a.add_argument('--rounds', type=int, default=25, help='rounds of timing')
+    a.add_argument('--stages', nargs='+', default=['costs', 'rates'], choices=['costs', 'rates'])
     a.add_argument('--out', type=Path, default=FOLDER)
     a = a.parse_args()
     b = prepared()
-    costs(b, a.rounds).to_csv(a.out / 'mitigation_cost.csv', index=False, float_format='%.3f')
+    if 'costs' in a.stages: costs(b, a.rounds).to_csv(a.out / 'mitigation_cost.csv', index=False, float_format='%.3f')
+    if 'rates' not in a.stages: return
     neurons = neuron_faults(b.p.layers, a.neurons)
     stored, rows = stored_faults(b.model, a.weights), []
     for faults, kinds in ((stored, ['weight']), (neurons, ['transient neuron', 'permanent neuron'])):

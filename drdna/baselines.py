@@ -124,6 +124,7 @@ class Mahalanobis(LayerDetector):
 # %% ../nbs/06_baselines.ipynb #269419f3
 class QuantileTree(LayerDetector):
     "A decision tree over quantiles of a few layers (Geissler et al. 2023); needs faulty records to learn from, and scikit-learn"
+    apart = False # The tree looks at all layers
     def __init__(self,
         layers:Iterable[Layer], # A few; quantiles sort the whole layer
         q:tuple=(0, .25, .5, .75, 1), # Which quantiles

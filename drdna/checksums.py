@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .baselines import LayerDetector, Standardised
 from .core import Tap, batch_tensors, call_model, device_of, layers as find_layers, to_device, undisturbed
+from .detection import places_of
 
 # %% ../nbs/06b_checksums.ipynb #c023dc05
 def _sums(fn, shape): # `fn`: a function of float64 tensors
@@ -103,12 +104,16 @@ class Product(Relation):
     def after(self, x): return x.flatten(1).sum(1, dtype=torch.float32)
 
 # %% ../nbs/06b_checksums.ipynb #bec7fdbf
+def _operands(call):
+    "The tensors that a layer was called with; none if a relation could not find them again, first among its arguments, and add them up"
+    all_of = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, Tensor)]
+    fit = len(call.args) >= len(all_of) and all(a is b and a.is_floating_point() for a, b in zip(all_of, call.args))
+    return all_of if fit else []
+
 def _dry_calls(model, found, batch, forward):
     "Module, arguments, output, and what identifies the memory of both, of every call of the layers `found`"
     seen, place = [], lambda t: (t.data_ptr(), t.numel(), 0 if t.is_inference() else t._version)
-    def note(x, call):
-        args = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
-        seen.append((call.module, args, x, [place(a) for a in args], place(x)))
+    def note(x, call): seen.append((call.module, args := _operands(call), x, [place(a) for a in args], place(x)))
     with undisturbed(model), Tap(model, found, note): call_model(model, to_device(batch, device_of(model)), forward)
     return seen # holds every tensor, so that no memory is used twice
 
@@ -126,11 +131,18 @@ def _relation(seen, run, n):
     "What the calls number `run` obey together; `None` if nothing is known"
     m, args, x, *_ = seen[run[0]]
     if not args or len(args[0]) % n: return None
-    if len(run) == 1 and isinstance(m, nn.LayerNorm): return Norm.of(run[0], m)
-    if len(args) == 2: return Product(run[0], run[0]) if torch.allclose(x.flatten().double(), (args[0].double() @ args[1].double()).flatten(), 1e-2, 1e-2) else None
-    try: sums = _sums(_in_double([seen[i][0] for i in run]), (len(args[0]) // n, *args[0].shape[1:]))
-    except (RuntimeError, TypeError): return None # not made for float64, or for one tensor
+    try:
+        if len(run) == 1 and isinstance(m, nn.LayerNorm): return _norm(run[0], m, args, x, n)
+        if len(args) == 2: return Product(run[0], run[0]) if torch.allclose(x.double(), args[0].double() @ args[1].double(), 1e-2, 1e-2) else None
+        sums = _sums(_in_double([seen[i][0] for i in run]), (len(args[0]) // n, *args[0].shape[1:]))
+    except (RuntimeError, TypeError): return None # not made for float64, for one tensor, or for these two
     return sums and Affine(run[0], run[-1], Folded.of(sums[0]), sums[1])
+
+def _norm(i, m, args, x, n):
+    "The relation of a layer normalisation, tried on its own output, for a subclass may do something else; a weight of zero loses what it should add up"
+    r = Norm.of(i, m)
+    left, size = r.after(x.unflatten(0, (n, -1))).double() - r.before(args, n), (x.abs().double().reshape(n, -1, r.v.shape[0]) @ r.v(x.device).abs().double()).sum(1)
+    return r if (left.abs() <= 1e-2 * size).all() else None
 
 @torch.inference_mode(False) # gradients, and versions of tensors, do not exist within it
 def relations(
@@ -203,12 +215,12 @@ class Together(LayerDetector):
         super().__init__([l for l in order if l.name in wanted])
         place = {l.name: i for i, l in enumerate(self.layers)}
         self.parts, self.mine = parts, [[place[l.name] for l in p.layers] for p in parts] # where each part's layers are among all
-        self.at = torch.tensor([i for mine in self.mine for i in mine]) # the same, one after the other
+        self.at = torch.tensor([place[l.name] for p in parts for l in places_of(p)]) # of what each part's columns stand for
         self.widths, self.shapes = {}, {} # of records, known once they were seen
 
     def observe(self, x, i, call=None): # `(N, sum of the parts' R)`
         "What each part that looks at layer i keeps of it"
-        kept = {k: p.observe(x, mine.index(i), call).flatten(1) for k, (p, mine) in enumerate(zip(self.parts, self.mine)) if i in mine}
+        kept = {k: p.observe(x, mine.index(i), call).reshape(len(x), -1) for k, (p, mine) in enumerate(zip(self.parts, self.mine)) if i in mine}
         self.widths[i] = {k: v.shape[1] for k, v in kept.items()}
         return torch.cat([*kept.values()], 1)
 
@@ -228,8 +240,12 @@ def _of_parts(self:Together, records):
 
 @patch
 def learn(self:Together, clean):
+    "Raises `ValueError` for a part whose statistic is no deviation, above 0 on clean inputs"
     for p, r in self._of_parts(clean): p.learn(r)
-    self.scale = torch.stack([p.statistic(r).max() for p, r in self._of_parts(clean)])
+    scale = torch.stack([p.statistic(r).max() for p, r in self._of_parts(clean)])
+    if bad := [p for p, s in zip(self.parts, scale.tolist()) if not 0 < s < math.inf]:
+        raise ValueError(f'a {type(bad[0]).__name__} cannot be a part: its largest clean statistic, {float(scale[self.parts.index(bad[0])]):g}, is no unit; join what measures deviations, such as Extremes, Checksum or Sentinel')
+    self.scale = scale
 
 @patch
 def judge_layers(self:Together, records):

@@ -290,7 +290,7 @@ class _Hook:
         self.routes, self.count, self.several = (), _Mine(), False
         self.handle = module.register_forward_hook(self, with_kwargs=True)
 
-    def __deepcopy__(self, memo): return self  # a copied network is another one, which nobody has tapped
+    def __deepcopy__(self, memo): return self  # it holds locals of threads; copy a network when nobody taps it, or the taps of now go with it
 
     def __call__(self, module, args, kwargs, out):
         n = self._next() if self.several else 1

@@ -63,6 +63,13 @@ def close(self:Guard):
     self.closed = True
 
 @patch
+def __deepcopy__(self:Guard, memo):
+    "A guard of its own round a copy of the model"
+    new = Guard(*(copy.deepcopy(v, memo) for v in (self.model, self.detector, self.threshold, self.info)), self.on_alarm, self.stop)
+    if self.closed: new.close()
+    return new
+
+@patch
 def __enter__(self:Guard): return self
 @patch
 def __exit__(self:Guard, *exc): self.close()
@@ -77,7 +84,7 @@ def _kind(d) -> str: # What people read
     return f'{type(d).__name__} {d.how.__name__}' if isinstance(d, Doubt) else type(d).__name__
 
 def _plain(model):
-    if hasattr(model, '_orig_mod'): raise ValueError('the model is compiled, so no tap would run: put the guard round the plain model and compile the guard')
+    if any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) for m in model.modules()): raise ValueError('the model, or a part of it, is compiled, so that no tap would run there: put the guard round the plain model and compile the guard')
 
 @patch
 def _check(self:Guard):
@@ -88,7 +95,7 @@ def _check(self:Guard):
     if self.on_alarm not in (None, 'raise') and not callable(self.on_alarm): raise ValueError(f"on_alarm={self.on_alarm!r}: None, 'raise' or a function `f(verdict, y)`")
     if self.stop not in (None, 'first'): raise ValueError(f"stop={self.stop!r}: None or 'first'")
     if self.stop and callable(self.on_alarm): raise ValueError("stop='first' leaves no output for a callback: catch SDCDetected instead")
-    if self.stop and not getattr(self.detector, 'apart', True): raise ValueError(f"stop='first' needs a detector that judges each layer by itself; a {_kind(self.detector)} compares layers")
+    if self.stop and not getattr(self.detector, 'apart', True): raise ValueError(f"stop='first' needs a detector that judges each layer by itself, which a {_kind(self.detector)} does not")
     if self.stop and getattr(self.detector, 'rule', None) == 'final': raise ValueError("rule 'final' judges the last layer alone: nothing to stop early")
 
 # %% ../nbs/08_guard.ipynb #c0823597
@@ -177,8 +184,9 @@ class SDCDetected(RuntimeError):
         verdict:Verdict, # One entry per sample of the batch
         layers:list, # What `verdict.layer` counts in
     ):
+        super().__init__(verdict, layers) # what makes it anew in another process
         self.verdict, self.layer = verdict, layers[int(verdict.layer[verdict.alarm].min())].name # the first layer that passed
-        super().__init__(f'{int(verdict.alarm.sum())} of {len(verdict.alarm)} samples look corrupted, from layer {self.layer} on')
+    def __str__(self): return f'{int(self.verdict.alarm.sum())} of {len(self.verdict.alarm)} samples look corrupted, from layer {self.layer} on'
 
 @patch
 def _act(self:Guard, verdict, y):
@@ -222,7 +230,7 @@ def calibrate(self:Guard,
 ) -> Guard:
     "Set the threshold from `data`; raises `ValueError`, and keeps the old one, if there is too little of it"
     m = _finite(self.detector.statistic(collect_clean(self.model, data, {'guard': self.detector}, forward)['guard']).amax(-1))
-    self.threshold, self.info = threshold(m, fpr), self.info | {'fpr': fpr, 'calibrated': len(m)}
+    self.threshold, self.info = threshold(m, fpr), self.info | {'fpr': fpr, 'calibrated': len(m), 'weights': weights_hash(self.model)}
     return self
 
 # %% ../nbs/08_guard.ipynb #7671f1b9

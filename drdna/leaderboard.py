@@ -34,13 +34,13 @@ def standings(
     fpr:float, # Target false-positive rate
     least:int=100, # SDCs that a cell needs
 ) -> pd.DataFrame: # A row per network, precision, device, range and detector; best macro-average first
-    "Macro-average and worst cell of every detector"
+    "Macro-average of every detector, its recall in the worst cell, and the lowest lower bound of any cell, which may be another one, of fewer faults"
     t = cells[cells.fpr == fpr].assign(range=lambda t: np.where(t.kind.isin(OUT_OF_RANGE), 'out of range', 'in range'))
     by = ['network', 'dtype', 'device', 'range', 'detector']
     full, rest = t[t.n >= least], t[t.n < least]
-    worst = full.loc[full.groupby(by).lo.idxmin()].set_index(by)
-    res = full.groupby(by).agg(cells=('n', 'size'), sdcs=('n', 'sum'), macro=('recall', 'mean')).assign(
-        worst=worst.recall, lower=worst.lo, worst_cell=worst.target + ', ' + worst.kind + ', third ' + (worst.third + 1).astype(str))
+    worst = full.loc[full.groupby(by).recall.idxmin()].set_index(by)
+    res = full.groupby(by).agg(cells=('n', 'size'), sdcs=('n', 'sum'), macro=('recall', 'mean'), worst=('recall', 'min'), lower=('lo', 'min')).assign(
+        worst_cell=worst.target + ', ' + worst.kind + ', third ' + (worst.third + 1).astype(str))
     small = rest.groupby(by)[['k', 'n']].sum()
     return res.assign(rest=(small.k.astype(int).astype(str) + '/' + small.n.astype(int).astype(str)).reindex(res.index).fillna('')).reset_index().sort_values(['network', 'dtype', 'device', 'range', 'macro'], ascending=[True, False, True, False, False])
 

@@ -12,6 +12,7 @@ __all__ = ['clamp', 'fill', 'zero', 'channel_means', 'to_mean', 'rewrites', 'Res
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -112,17 +113,20 @@ class Rerun(Tap):
         return ~((low >= lo) & (high <= hi))
 
 # %% ../nbs/07_mitigation.ipynb #58aa6923
+def _is_record(v): return is_dataclass(v) and not isinstance(v, Mapping) # which pytree takes for a leaf
+
 def mix(
     which:Tensor, # bool `(N,)`
-    new, # Any nesting of tensors `(N, ...)`
+    new, # Any nesting of tensors `(N, ...)`: tuples, lists, dictionaries and dataclasses
     old, # The same nesting
 ): # `new` where `which` says so, else `old`
     "Take some samples from one output and the rest from another; raises `ValueError` for a tensor without a batch axis in front"
     def one(a, b):
+        if _is_record(b): return replace(b, **{f.name: mix(which, getattr(a, f.name), getattr(b, f.name)) for f in fields(b)})
         if not isinstance(b, Tensor): return b
         if not b.ndim or len(b) != len(which): raise ValueError(f'a part of the output has shape {tuple(b.shape)}, and {len(which)} samples cannot be told apart in it')
         return torch.where(which.to(b.device).view(-1, *[1] * (b.ndim - 1)), a, b)
-    return pytree.tree_map(one, new, old)
+    return pytree.tree_map(one, new, old, is_leaf=_is_record)
 
 # %% ../nbs/07_mitigation.ipynb #75e7d6f1
 def reexecute(
@@ -191,6 +195,7 @@ def judged(
 # %% ../nbs/07_mitigation.ipynb #72f31e81
 class Repaired:
     "A detector that sees the values of a layer as a rewrite leaves them"
+    apart = False # A rewrite is not taken apart by layers
     def __init__(self,
         detector, # Any detector
         p:Profile, # The ranges

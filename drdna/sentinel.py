@@ -18,7 +18,6 @@ import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .baselines import as_it_lies
 from .checksums import Checksum, relations
 from .core import Layer, Tap, as_float, batch_tensors, call_model, channel_axis, device_of, layers as find_layers, stored_in, tensors, to_device, undisturbed
 from .detection import threshold
@@ -33,7 +32,7 @@ def inputs(model:nn.Module, batch, forward:Callable|None=None) -> list: # Names
     res = []
     def note(x, call):
         a = call.args[0] if call.args else None
-        if isinstance(a, Tensor) and len(a) == len(x) and a.data_ptr() != x.data_ptr(): res.append(call.layer.name)
+        if isinstance(a, Tensor) and a.ndim > 1 and len(a) == len(x) and a.data_ptr() != x.data_ptr(): res.append(call.layer.name)
     _walk(model, batch, forward, note)
     return res
 
@@ -78,13 +77,16 @@ class Sentinel(Checksum):
         forward:Callable|None=None, # `forward(model, batch)` if the default call does not fit
     ):
         "Raises `ValueError` for a pick that the model does not offer"
+        picks = [tuple(p) for p in picks]
         offered = _known(picks, model, batch, forward)
         ends = {n: offered['check'][n] for what, n in picks if what == 'check'}
         wanted = {n for what, n in picks if what != 'stored'} | {head for head, _ in ends.values()}
         here = [l for l in find_layers(model, batch, lambda m: True, forward=forward) if l.name in wanted]
         place = {l.name: i for i, l in enumerate(here)}
         self._post(here, [replace(r, head=place[head], tail=place[n]) for n, (head, r) in ends.items()], [[w for w in SEEN if (w, l.name) in picks] for l in here], [n for what, n in picks if what == 'stored'])
-        self.sums = _bit_sums(stored_in(model, self.kept)())
+        now = stored_in(model, self.kept)()
+        if bad := [n for n, t in zip(self.kept, now) if t.is_contiguous() and t.storage_offset() * t.itemsize % 8]: raise ValueError(f'the stored tensor {bad[0]!r} is part of a larger one and begins at no multiple of eight bytes, so that its bits cannot be added up: clone it first')
+        self.sums = _bit_sums(now)
 
     @property
     def heads(self) -> dict: # Layer where a relation ends to the one where it begins
@@ -175,12 +177,11 @@ def _strays(self:Sentinel, flat): # `(N, 1)` for each layer whose channel means 
 
 # %% ../nbs/06c_sentinel.ipynb #cbdbd669
 def _words(t) -> Tensor:
-    "The bits of a tensor as whole numbers, as wide as fit"
-    flat = t.view(-1) if t.is_contiguous() else as_it_lies(t.unsqueeze(0))[0]
-    return flat.view(torch.int64 if t.nbytes % 8 == 0 else next(w for w in (torch.int32, torch.int16, torch.int8) if t.nbytes % w.itemsize == 0))
+    "The bits of a tensor as whole numbers, as wide as fit, in the order of its axes: another one in memory, such as `channels_last`, takes a copy"
+    return t.contiguous().view(-1).view(torch.int64 if t.nbytes % 8 == 0 else next(w for w in (torch.int32, torch.int16, torch.int8) if t.nbytes % w.itemsize == 0))
 
 def _bit_sums(tensors) -> Tensor: # int64 `(S,)`
-    "Sums of bits; whole numbers, so that the order does not matter"
+    "Sums of bits; whole numbers, so that rounding does not matter"
     return torch.stack([_words(t).sum(dtype=torch.int64) for t in tensors]) if tensors else torch.empty(0, dtype=torch.int64)
 
 @patch
@@ -327,7 +328,8 @@ def choose(
     budgets:list, # What all picks together may cost
     fpr:float=.001, # False-positive rate at which recall counts
 ): # A pandas table with a row per chosen pick of each budget: `budget`, `what`, `layer`, and of all picks together `cost`, `mean` and `worst` recall
-    "For each budget the picks that see most, as far as single steps lead; raises `ValueError` if there are too few clean inputs for the rate"
+    "For each budget the picks that see most, as far as single steps lead; raises `ValueError` if there are too few clean inputs for the rate, or if a group has no SDCs"
+    if none := [n for n, v in faulty.items() if not len(v)]: raise ValueError(f'group {none[0]!r} has no SDCs: leave it out')
     import pandas as pd # here, for a guard of a sentinel needs no tables
     recalls, price, rows = _Recalls(clean, faulty, fpr), cache(lambda s: cost([picks[k] for k in s])), []
     for budget in sorted(budgets):

@@ -2,11 +2,11 @@
 import pytest, torch, torchvision
 from torch import nn
 
-from drdna.baselines import Extremes, fit_detectors
+from drdna.baselines import Doubt, Extremes, NonFinite, Range, energy, fit_detectors
 from drdna.checksums import Checksum, Together, relations
 from drdna.core import Recorder, Tap, layers
 from drdna.data_model import ViT
-from drdna.detection import collect_clean
+from drdna.detection import collect_clean, places_of
 from drdna.guard import Guard
 from drdna.injection import NeuronFaults, draw_neurons, uniform
 from drdna.sentinel import Sentinel
@@ -118,6 +118,47 @@ def test_together_is_the_larger_of_its_parts():
     with pytest.raises(ValueError, match='layer1.0.relu#2'): Together([Extremes(blocks)], every[:3])
     with pytest.raises(ValueError, match='stored tensors'): Together([Sentinel(model, x, [('max', 'fc'), ('stored', 'fc.weight')]), Extremes(blocks)], every)
 
+@pytest.mark.parametrize('part', (NonFinite, Range, lambda ls: Doubt(ls, energy)))
+def test_what_measures_no_deviation_cannot_be_joined(part):
+    model, x = built('resnet')
+    every = layers(model, x, want=lambda m: True)
+    both = Together([part(every), Extremes(every)], every)
+    with pytest.raises(ValueError, match=f'a {type(both.parts[0]).__name__} cannot be a part'): fit_detectors(model, [image(16)], {'both': both})
+
+@pytest.mark.parametrize('picks', ([('max', 'conv1'), ('min', 'conv1'), ('max', 'fc')], [('max', 'conv1'), ('max in', 'fc')]))
+def test_picks_of_a_sentinel_are_part_of_the_whole(picks):
+    model, x = built('resnet')
+    every = layers(model, x, want=lambda m: True)
+    pair = lambda: [Sentinel(model, x, picks), Extremes([l for l in every if l.name in ('layer2.0.relu#2', 'fc')])]
+    both, *parts = fit_detectors(model, [image(16), image(16) + .1], dict(zip('bse', (Together(pair(), every), *pair())))).values()
+    seen = collect_clean(model, [x * 3], {'b': both, 's': parts[0], 'e': parts[1]})
+    want = {}
+    for d, n, unit in zip(parts, 'se', both.scale):
+        for l, v in zip(places_of(d), (d.statistic(seen[n]) / unit).T): want[l.name] = torch.maximum(want.get(l.name, v), v)
+    assert torch.equal(both.statistic(seen['b']), torch.stack([want[l.name] for l in both.layers], 1))
+
+class Styled(nn.Module):
+    "A normalisation with a second argument, and layers that are called by keyword"
+    class Scaled(nn.LayerNorm):
+        def forward(self, x, scale): return super().forward(x) * (1 + scale)
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b, self.zero, self.wrong = nn.Linear(6, 6), self.Scaled(6), nn.Linear(6, 6), nn.LayerNorm(6), AcrossChannels(6)
+        nn.init.uniform_(self.zero.weight, .5, 2); self.zero.weight.data[2] = 0
+        nn.init.uniform_(self.wrong.weight, .5, 2)
+    def forward(self, x): return self.wrong(self.zero(self.b(input=self.norm(self.a(input=x), x.tanh()))).view(-1, 6, 1).expand(-1, -1, 6)).sum(2)
+
+class AcrossChannels(nn.LayerNorm):
+    "A normalisation of another axis"
+    def forward(self, x): return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+def test_what_obeys_no_relation_is_named():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Styled(), nn.Linear(6, 4)).eval().requires_grad_(False), torch.randn(8, 6)
+    check = Checksum(model, x, layers(model, x, want=lambda m: True))
+    assert check.uncovered == ['0.a', '0.norm', '0.b', '0.zero', '0.wrong'] and [l.name for l in check.layers] == ['1']
+    assert left_over(model, check, x).abs().max() < 1e-5
+
 def test_a_guard_of_both_compiles_and_says_what_it_cannot():
     model, x = built('vit')
     every = layers(model, x, want=lambda m: True)
@@ -126,4 +167,4 @@ def test_a_guard_of_both_compiles_and_says_what_it_cannot():
     with torch.no_grad():
         eager, graph = guard(x)[1], torch.compile(guard, fullgraph=True, backend='eager')(x)[1]
     assert torch.equal(eager.alarm, graph.alarm) and torch.equal(eager.layer, graph.layer)
-    with pytest.raises(ValueError, match='compares layers'): Guard(model, guard.detector, 1., stop='first')
+    with pytest.raises(ValueError, match='by itself, which a Together does not'): Guard(model, guard.detector, 1., stop='first')

@@ -1,5 +1,5 @@
 "The guard on its ways: compiled, exported, in threads; acting on alarms; and what it refuses"
-import copy, io, shutil, threading
+import copy, io, pickle, shutil, threading
 
 import pytest, torch
 from torch import nn
@@ -11,7 +11,8 @@ from drdna.sentinel import Sentinel, checks, inputs, means, storing
 from drdna.core import Tap, layers
 from drdna.data_model import ViT
 from drdna.guard import Guard, SDCDetected
-from drdna.profiling import read_tensors, write_tensors
+from drdna.mitigation import Repaired
+from drdna.profiling import profile, read_tensors, write_tensors
 
 class Net(nn.Module):
     "A skip path and a module that is called twice"
@@ -163,6 +164,14 @@ def test_a_copy_of_a_guarded_model_is_not_watched(model, data, x):
         twin = copy.deepcopy(model)
         assert torch.equal(twin(x).nan_to_num(), y.nan_to_num()) and same(g(x)[1], want)
 
+def test_a_copy_of_a_guard_stands_by_itself(guard, x):
+    want, twin = guard(x)[1], copy.deepcopy(guard)
+    again = copy.deepcopy(twin)
+    assert same(twin(x)[1], want) and twin.model is not guard.model and repr(twin) == repr(guard)
+    twin.close()
+    assert same(guard(x)[1], want) and same(again(x)[1], want), 'each has taps of its own'
+    with pytest.raises(RuntimeError, match='closed'): copy.deepcopy(twin)(x)
+
 # ---------------------------------------------------------------- acting
 
 def test_callback(guard, x):
@@ -180,7 +189,7 @@ def test_raise(guard, x):
     want = guard(x)[1]
     with Guard(guard.model, guard.detector, guard.threshold, on_alarm='raise') as g:
         with pytest.raises(SDCDetected, match='of 6 samples look corrupted') as e: g(x)
-    assert same(e.value.verdict, want) and e.value.layer == guard.layers[int(want.layer[want.alarm].min())].name
+    for err in (e.value, pickle.loads(pickle.dumps(e.value)), copy.copy(e.value)): assert same(err.verdict, want) and err.layer == guard.layers[int(want.layer[want.alarm].min())].name
 
 @pytest.mark.parametrize('name', DETECTORS)
 @pytest.mark.parametrize('rule', ['global', 'per_layer'])
@@ -277,6 +286,21 @@ def test_checksums_belong_to_their_weights(summed, tmp_path):
         with pytest.raises(ValueError, match="field 'weights' belongs to other weights"): Guard.load(tmp_path / 'g', other)
         with Guard.load(tmp_path / 'g', other, strict=False) as h: assert h(x)[1].alarm.all()
 
+def test_a_guard_that_was_calibrated_anew_belongs_to_what_it_was_calibrated_on(model, data, tmp_path):
+    other = Net().eval()
+    with make(model, data, 'Range') as g: g.save(tmp_path / 'g')
+    with Guard.load(tmp_path / 'g', other, strict=False) as h: h.calibrate(data, .05).save(tmp_path / 'h')
+    with Guard.load(tmp_path / 'h', other) as h: assert h.info['calibrated'] == 400
+    with pytest.raises(ValueError, match='other weights'): Guard.load(tmp_path / 'h', model)
+
+def test_a_sentinel_beside_others_is_saved(summed, tmp_path):
+    model, x, _ = summed
+    every, data = layers(model, x, want=lambda m: True), [torch.randn(160, 3, 32, 32)]
+    make = lambda found: Together([Sentinel(model, x, [('max', every[0].name), ('min', every[0].name), ('max', every[-1].name)]), Extremes(every[1::2])], every)
+    with Guard.fit(model, data, fpr=.05, detector=make) as g:
+        g.save(tmp_path / 'g')
+        with Guard.load(tmp_path / 'g', model) as h: assert same(h(x)[1], g(x)[1]) and [l.name for l in h.layers] == [l.name for l in g.layers]
+
 def refused(model, guard, file, message, change):
     "A file of a guard that was changed, `change(meta, arrays)`, is not read"
     guard.save(file)
@@ -366,6 +390,10 @@ def test_another_model(model, data, x):
     with Guard(low, g.detector, 1.) as h, pytest.raises(ValueError, match='torch.bfloat16, but float32 in the dry run'): h(x.bfloat16())
     with pytest.raises(ValueError, match='compile the guard'): Guard(torch.compile(model), g.detector, 1.)
     with pytest.raises(ValueError, match='compile the guard'): Guard.fit(torch.compile(model), data)
+    inside, within = copy.deepcopy(model), copy.deepcopy(model)
+    inside.compile(); within.conv2 = torch.compile(within.conv2)
+    for m in (inside, within):
+        with pytest.raises(ValueError, match='or a part of it, is compiled'): Guard.fit(m, data)
     assert not any(m._forward_hooks for n in (low, model) for m in n.modules())
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
@@ -382,4 +410,6 @@ def test_bad_options(model, data):
     with pytest.raises(ValueError, match="stop='last'"): Guard(model, g.detector, 1., stop='last')
     with pytest.raises(ValueError, match="on_alarm='shout'"): Guard(model, g.detector, 1., on_alarm='shout')
     with pytest.raises(ValueError, match='no output for a callback'): Guard(model, Range(everywhere(model, data)), 1., on_alarm=print, stop='first')
+    for d in (QuantileTree(everywhere(model, data)[:2]), Repaired(g.detector, profile(model, data, everywhere(model, data)))):
+        with pytest.raises(ValueError, match=f'which a {type(d).__name__} does not'): Guard(model, d, 1., stop='first')
     assert not any(m._forward_hooks for m in model.modules())

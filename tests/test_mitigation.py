@@ -1,4 +1,5 @@
 "Repairs, the golden copy and the ladder where they could go wrong"
+from dataclasses import dataclass
 from functools import partial
 
 import pytest, torch
@@ -175,12 +176,20 @@ def test_without_an_alarm_nothing_runs():
     assert isinstance(Ladder(lambda x: (x, said(False)), {'never': never})(torch.ones(1, 2)), Climb)
     assert reexecute(never, 'as it was', torch.tensor([False])) == 'as it was'
 
+@dataclass
+class Answer:
+    y: object
+    said: str = ''
+
 def test_outputs_of_any_nesting():
     which = torch.tensor([True, False])
     new, old = ({'logits': torch.full((2, 3), v), 'more': (torch.full((2,), int(v)), None)} for v in (1., 0.))
     got = mix(which, new, old)
     assert got['logits'].tolist() == [[1] * 3, [0] * 3] and got['more'][0].tolist() == [1, 0] and got['more'][1] is None
     with pytest.raises(ValueError, match='cannot be told apart'): mix(which, torch.ones(3), torch.zeros(3))
+    record = mix(which, Answer({'logits': new['logits']}, 'new'), Answer({'logits': old['logits']}, 'old'))
+    assert record.y['logits'].tolist() == [[1] * 3, [0] * 3] and record.said == 'old'
+    assert [*reexecute(lambda: [Answer(torch.ones(2))], [Answer(torch.zeros(2))], which)[0].y] == [1, 0]
 
 @torch.no_grad()
 def test_each_rung_heals_its_kind_of_fault():

@@ -6,7 +6,7 @@ from drdna.checksums import Checksum
 from drdna.core import Tap, channel_axis, layers, stored_in
 from drdna.data_model import ViT
 from drdna.detection import collect_clean, threshold
-from drdna.sentinel import COSTS, INTO, LOOKS, MARGINS, RANK, Sentinel, _Recalls, choose, offers, price, sizes, storing
+from drdna.sentinel import COSTS, INTO, LOOKS, MARGINS, RANK, Sentinel, _bit_sums, _Recalls, choose, inputs, offers, price, sizes, storing
 from torchvision.models import resnet18
 
 def net():
@@ -121,6 +121,34 @@ def test_bits_add_up_in_any_width_and_layout(dtype):
     model.fc.bias[0] += 1
     assert d.stored(now()).tolist() == [0, torch.inf]
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.complex128])
+def test_bits_add_up_to_the_same_wherever_they_lie(dtype):
+    torch.manual_seed(0)
+    t = torch.randn(6, 4, 3, 3).to(dtype)
+    last = t.to(memory_format=torch.channels_last)
+    a, b = (_bit_sums([v]) for v in (t, last))
+    assert torch.equal(a, b) and a.dtype == torch.int64
+    last[0] *= -1
+    assert not torch.equal(a, _bit_sums([last]))
+
+def test_words_must_begin_where_they_can():
+    model = net()
+    model.fc.bias = torch.nn.Parameter(torch.zeros(5)[1:], requires_grad=False)
+    with pytest.raises(ValueError, match="'fc.bias' is part of a larger one"): Sentinel(model, torch.zeros(2, 3, 32, 32), [('max', 'fc'), ('stored', 'fc.bias')])
+
+def test_picks_may_be_lists(made):
+    model, data, det = made
+    picks = [p for p in det.picks if p[0] in LOOKS][:3]
+    assert Sentinel(model, data[0], [[*p] for p in picks]).picks == picks
+
+def test_a_list_of_tokens_is_no_input_to_look_at():
+    class Labelled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3)
+        def forward(self, y): return self.out(self.embed(y))
+    assert inputs(Labelled(), torch.tensor([0, 1, 4])) == ['out']
+
 def test_too_few_inputs_for_channel_means(made):
     model, data, det = made
     name = next(n for w, n in det.picks if w == 'means')
@@ -158,6 +186,7 @@ def test_the_choice_keeps_its_budget_and_leaves_out_what_gains_nothing():
     assert small.layer.tolist() == ['a'] and small['mean'].tolist() == [.5] and small.worst.tolist() == [0] and small.cost.tolist() == [1]
     assert sorted(large.layer) == ['a', 'b'] and large['mean'].tolist() == [1, 1]
     with pytest.raises(ValueError, match='999'): choose(picks, clean[:50], seen, cost, [9])  # too few clean inputs for the rate
+    with pytest.raises(ValueError, match="group 'c' has no SDCs"): choose(picks, clean, seen | {'c': torch.empty(0, 3)}, cost, [9])
 
 def test_recalls_of_the_choice_are_those_of_the_threshold():
     g = torch.Generator().manual_seed(3)

@@ -55,6 +55,11 @@ class Calibrated(NamedTuple):
     threshold: float # For example from `detection.threshold`
 
 # %% ../nbs/09b_campaign.ipynb #1a1b5d6a
+def _kinds(column) -> tuple: # Numbers, and the values that they stand for
+    "A column of text; value by value, millions of rows would take minutes"
+    at, values = pd.factorize(column)
+    return at, values.tolist()
+
 def fingerprint(*objects) -> str: # 64 hexadecimal digits
     "SHA-256 over tensors, numbers, text, tables and what objects keep in public attributes"
     h = hashlib.sha256()
@@ -62,7 +67,7 @@ def fingerprint(*objects) -> str: # 64 hexadecimal digits
         if isinstance(o, Tensor): add((str(o.dtype), tuple(o.shape), o.stride())); h.update(o.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         elif isinstance(o, np.ndarray) and o.dtype != object: h.update(f'{o.dtype}{o.shape}'.encode() + o.tobytes())
         elif isinstance(o, pd.DataFrame):
-            for c in o: add((c, o[c].to_numpy() if pd.api.types.is_numeric_dtype(o[c]) else o[c].tolist()))
+            for c in o: add((c, o[c].to_numpy() if pd.api.types.is_numeric_dtype(o[c]) else _kinds(o[c])))
         elif isinstance(o, nn.Module): add((structure(o), weights_hash(o)))
         elif isinstance(o, dict): add([(k, o[k]) for k in o])
         elif isinstance(o, (list, tuple)):
@@ -279,10 +284,11 @@ class Campaign:
         watch = {n: Calibrated(d.detector, float(d.threshold)) for n, d in (detectors or {}).items()}
         _check_names([*watch, *(repairs or {})], keep, watch)
         self.plan, self.chunk, self.given = plan, chunk, faults is not None
-        images, stored = _inputs(plan, check_schema(faults) if self.given else None)
+        faults = check_schema(faults) if self.given else None
+        images, stored = _inputs(plan, faults)
         batches = [to_device(b, device_of(model)) for b in freeze(data, images, plan is not None)]
         self.setup = Setup(model, batches, find_layers(model, batches[0], forward=forward), watch, forward, criterion, repairs or {}, tuple(keep))
-        self.faults = check_schema(faults) if self.given else plan.draw(find_places(plan, model, batches[0], forward))
+        self.faults = faults if self.given else plan.draw(find_places(plan, model, batches[0], forward))
         self._check()
         self.size = batch_size(batches[0]) # Inputs of a batch
         self.units = units(self.faults, self.size, len(batches), stored, chunk)
@@ -318,7 +324,7 @@ def confidence(plan:Plan|None, population:str) -> float:
 def manifest(self:Campaign) -> dict:
     "What decides every row of the result"
     s = self.setup
-    struck = {*self.faults.layer}
+    struck = {*self.faults.layer.unique()}
     shapes = {p.name: [list(p.shape), p.axis] for p in (*_places(s.layers), *stored_places(s.model)) if p.name in struck}
     return {'drdna': 'campaign', 'version': 1, 'plan': self.plan.to_toml() if self.plan else '', 'given': self.given, 'faults': fingerprint(self.faults), 'structure': structure(s.model), 'weights': weights_hash(s.model),
             'data': fingerprint([[*batch_tensors(b)] for b in s.batches]), 'batches': len(s.batches), 'batch': [list(t.shape) for t in batch_tensors(s.batches[0])],

@@ -1051,8 +1051,9 @@ def _dealt(self:Cut, faults, chains:list, memory:int) -> Iterable[pd.DataFrame]:
     "The first rows of the faults in the order in which they enter, for one sweep after the other; `chain` says where, `count` how many rows"
     chain = {s.name: k for k, ch in enumerate(chains) for s in ch}
     order, room = {n: i for i, n in enumerate(chain)}, self.room(chains)
-    begin = {(t, l): order[l] if t == 'neuron' else min(order[s.name] for s in self.owners[l]) for t, l in set(zip(faults.target, faults.layer))}
-    step = pd.Series([begin[k] for k in zip(faults.target, faults.layer)], faults.index, int).groupby(faults.fault).transform('min')
+    places = ['target', 'layer'] # of which there are few, and of rows there may be millions
+    begin = [order[l] if t == 'neuron' else min(order[s.name] for s in self.owners[l]) for t, l in faults[places].drop_duplicates().itertuples(index=False)]
+    step = pd.Series(np.array(begin, int)[faults.groupby(places, sort=False).ngroup()], faults.index).groupby(faults.fault).transform('min')
     heads = faults.assign(step=step, chain=step.map(dict(enumerate(chain.values()))))[faults.part == 0]
     heads = heads.assign(count=np.where(heads.target == 'neuron', 1, self.size)).sort_values('step', kind='stable')
     sweep, used, of = 0, 0, []

@@ -313,13 +313,14 @@ def _fill(frame, places, model, g):
         m = of(places[first])(int(rows.sum()), getattr(torch, kind[0]), g)
         new[rows], scale[rows], names[rows.numpy()] = torch.stack(m[:3], 1), m.scale, of(places[first]).name
     return frame.assign(model=names, bit=_single_bit(new), **{c: v.numpy() for c, v in zip(('keep', 'set', 'flip'), new.unbind(1))}, scale=scale.numpy(),
-                        **{c: [getattr(places[w], a) for w in frame.which] for c, a in (('target', 'target'), ('layer', 'name'), ('dtype', 'dtype'))})
+                        **{c: np.array([getattr(p, a) for p in places], object)[frame.which] for c, a in (('target', 'target'), ('layer', 'name'), ('dtype', 'dtype'))})
 
 def _single_bit(new):
     "Position of the flipped bit where a fault flips exactly one, else -1"
     keep, set, flip = new.numpy().T
-    bits = [int(f) % 2**64 for f in flip]
-    return np.where((keep == -1) & (set == 0), [b.bit_length() - 1 if b.bit_count() == 1 else -1 for b in bits], -1)
+    bits = flip.astype(np.uint64)
+    one = (keep == -1) & (set == 0) & (bits != 0) & (bits & (bits - np.uint64(1)) == 0)
+    return np.where(one, np.log2(bits, where=one, out=np.zeros(len(bits))).astype(np.int64), -1)
 
 # %% ../nbs/04_injection.ipynb #f745b453
 def draw_neurons(
@@ -446,6 +447,11 @@ def fault_ids(faults:pd.DataFrame) -> np.ndarray: # int64, one per row
     "Which fault each row belongs to: a new one begins where `part` is 0"
     return (faults.part.to_numpy() == 0).cumsum() - 1
 
+def _by_kind(column, f) -> pd.Series:
+    "`f` of each value of a column that has few different ones"
+    at, kinds = pd.factorize(column)
+    return pd.Series(np.array([f(k) for k in kinds])[at], column.index)
+
 def check_faults(
     faults:pd.DataFrame, # A fault list
     places:list[Place], # What it may strike
@@ -456,11 +462,12 @@ def check_faults(
     for c in ('index', 'part', 'keep', 'set', 'flip'):
         if not pd.api.types.is_integer_dtype(faults[c]): raise ValueError(f'the column {c!r} holds {faults[c].dtype}, not whole numbers')
     known = {p.name: p for p in places}
-    size, dtype = faults.layer.map({n: p.size for n, p in known.items()}), faults.layer.map({n: p.dtype for n, p in known.items()})
-    half = 2.**(8 * faults.dtype.map(lambda d: getattr(getattr(torch, str(d), None), 'itemsize', 0)) - 1)
+    size = _by_kind(faults.layer, lambda n: known[n].size if n in known else np.nan)
+    made, dtype = _by_kind(faults.dtype, str), _by_kind(faults.layer, lambda n: known[n].dtype if n in known else '')
+    half = 2.**(8 * _by_kind(faults.dtype, lambda d: getattr(getattr(torch, str(d), None), 'itemsize', 0)) - 1)
     first = (faults.part.diff() == 1) & (faults.layer.eq(faults.layer.shift()) | faults.target.ne('neuron'))
     for bad, why in ((size.isna(), 'there is no layer or parameter {layer!r}'), (~faults['index'].between(0, size - 1), 'index {index} is outside {layer}, which has {size} scalars'),
-                     (faults.dtype != dtype, 'made for {dtype}, but {layer} is {is_dtype}'), (~(faults.part.eq(0) | first), 'part {part} of it does not follow part {before}'),
+                     (made != dtype, 'made for {dtype}, but {layer} is {is_dtype}'), (~(faults.part.eq(0) | first), 'part {part} of it does not follow part {before}'),
                      (faults.assign(fault=fault_ids(faults)).duplicated(['fault', 'layer', 'index']), 'it strikes index {index} of {layer} twice'),
                      (~faults.scale.between(-math.inf, math.inf), 'scale {scale} is not a number'), *((~faults[c].between(-half, 2 * half - 1), f'{c} {{{c}}} has bits beyond the width of {{dtype}}') for c in ('keep', 'set', 'flip'))):
         if bad.any():

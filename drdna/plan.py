@@ -452,7 +452,7 @@ def check_schema(t:pd.DataFrame) -> pd.DataFrame:
     "A fault list with the types of `SCHEMA`; raises `ValueError` naming the first wrong column. Whether it fits a network is seen when it is run"
     if lost := [c for c in SCHEMA if c not in t]: raise ValueError(f'there is no column {lost[0]!r}')
     if t.empty: raise ValueError('the fault list is empty')
-    test = {'int64': pd.api.types.is_integer_dtype, 'float64': pd.api.types.is_numeric_dtype, 'str': lambda s: s.map(type).eq(str).all()}
+    test = {'int64': pd.api.types.is_integer_dtype, 'float64': pd.api.types.is_numeric_dtype, 'str': lambda s: pd.api.types.infer_dtype(s, skipna=False) == 'string'}
     for c, (kind, _) in SCHEMA.items():
         if not test[kind](t[c]) or t[c].isna().any(): raise ValueError(f'column {c!r} holds {t[c].dtype}, not only {kind}')
         try: t = t.assign(**{c: t[c].astype(kind)})

@@ -15,6 +15,7 @@ import copy, hashlib, math, os, threading, weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -284,13 +285,17 @@ class _Mine(threading.local):
     value = None
 
 # %% ../nbs/00_core.ipynb #7773d0fa
+class _Hung(partial):
+    "What hangs on a module; a copy of the network is another one, which nobody has tapped"
+    def __deepcopy__(self, memo): return _nothing
+
+def _nothing(*_): "Hangs on a copy in place of that"
+
 class _Hook:
     "The one forward hook of a tapped module; runs its taps in the order of their phases"
     def __init__(self, module):
         self.routes, self.count, self.several = (), _Mine(), False
         self.handle = module.register_forward_hook(self, with_kwargs=True)
-
-    def __deepcopy__(self, memo): return self  # it holds locals of threads; copy a network when nobody taps it, or the taps of now go with it
 
     def __call__(self, module, args, kwargs, out):
         n = self._next() if self.several else 1
@@ -303,7 +308,7 @@ class _Hook:
         self.routes = tuple((t, t.counts[module], t.works[module]) for t in sorted(taps, key=lambda t: PHASES.index(t.phase)))
         self.several = any(counts for _, counts, _ in self.routes)
         alone = len(self.routes) == 1 and not self.several
-        module._forward_hooks[self.handle.id] = self.routes[0][2][1] if alone else self # one tap needs no hook between
+        module._forward_hooks[self.handle.id] = _Hung(self.routes[0][2][1] if alone else self) # one tap needs no hook between
 
     @property
     def taps(self) -> list: return [tap for tap, *_ in self.routes]
@@ -344,7 +349,7 @@ class Tap:
             self.counts[module] = l.calls > 1
         for module in self.works: _attach(module, self)
         self.several = [_hooks[m] for m, several in self.counts.items() if several]
-        self.root = model.register_forward_pre_hook(self._restart) if self.several else None
+        self.root = model.register_forward_pre_hook(_Hung(self._restart)) if self.several else None
 
     def _restart(self, model, args):
         for hook in self.several: hook.count.value = 0
@@ -387,7 +392,7 @@ def at_call(module:nn.Module, n:int):
 
 def has_hooks(module:nn.Module) -> bool:
     "Whether forward hooks other than taps hang on `module`"
-    return len(module._forward_hooks) > (module in _hooks)
+    return sum(h is not _nothing for h in module._forward_hooks.values()) > (module in _hooks)
 
 def is_tapped(module:nn.Module, but:'Tap|None'=None) -> bool:
     "Whether anybody hangs on the output of `module`, apart from one tap"

@@ -1,11 +1,11 @@
 "Layers and taps on networks that were not written for us"
-import threading
+import copy, threading
 from dataclasses import dataclass
 
 import pytest, torch, torchvision
 from torch import nn
 
-from drdna.core import Cohort, Recorder, Tap, draw_sites, layers, structure, weights_hash
+from drdna.core import Cohort, Recorder, Tap, draw_sites, has_hooks, is_tapped, layers, structure, weights_hash
 from drdna.injection import bits_of, draw_neurons, flip, NeuronFaults
 
 class Tagger(nn.Module):
@@ -146,3 +146,16 @@ def test_each_thread_has_its_own_record():
         for t in threads: t.start()
         for t in threads: t.join()
     assert not bad
+
+def test_a_copy_of_a_tapped_network_is_not_tapped():
+    act = nn.ReLU()
+    model, x, seen = nn.Sequential(nn.Linear(3, 3), act, nn.Linear(3, 3), act).eval(), torch.randn(4, 3), []
+    found, clean = layers(model, x, lambda m: True), model(x)
+    more = lambda x, call: x + 1
+    with Tap(model, found, more, 'mitigate'), Tap(model, found[:1], lambda x, call: seen.append(call.layer.name)):
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(x), clean) and not seen and not any(is_tapped(m) or has_hooks(m) for m in twin.modules())
+        changed = model(x)
+        with Tap(twin, found, more, 'mitigate'): assert torch.equal(twin(x), changed)
+        assert seen == [found[0].name] and torch.equal(model(x), changed)
+    assert torch.equal(twin(x), clean) and torch.equal(model(x), clean)

@@ -8,7 +8,7 @@ from drdna import checksums
 from drdna.baselines import Doubt, Extremes, Mahalanobis, NonFinite, QuantileTree, Range, energy
 from drdna.checksums import Checksum, Together
 from drdna.sentinel import Sentinel, checks, inputs, means, storing
-from drdna.core import Tap, layers
+from drdna.core import Tap, has_hooks, layers
 from drdna.data_model import ViT
 from drdna.guard import Guard, SDCDetected
 from drdna.mitigation import Repaired
@@ -162,7 +162,7 @@ def test_a_copy_of_a_guarded_model_is_not_watched(model, data, x):
     with make(model, data) as g:
         want, y = g(x)[1], model(x)
         twin = copy.deepcopy(model)
-        assert torch.equal(twin(x).nan_to_num(), y.nan_to_num()) and same(g(x)[1], want)
+        assert torch.equal(twin(x).nan_to_num(), y.nan_to_num()) and same(g(x)[1], want) and not any(has_hooks(m) for m in twin.modules())
 
 def test_a_copy_of_a_guard_stands_by_itself(guard, x):
     want, twin = guard(x)[1], copy.deepcopy(guard)

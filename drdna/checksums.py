@@ -133,7 +133,7 @@ def _relation(seen, run, n):
     if not args or len(args[0]) % n: return None
     try:
         if len(run) == 1 and isinstance(m, nn.LayerNorm): return _norm(run[0], m, args, x, n)
-        if len(args) == 2: return Product(run[0], run[0]) if torch.allclose(x.double(), args[0].double() @ args[1].double(), 1e-2, 1e-2) else None
+        if len(args) == 2: return Product(run[0], run[0]) if torch.allclose(x.flatten().double(), (args[0].double() @ args[1].double()).flatten(), 1e-2, 1e-2) else None
         sums = _sums(_in_double([seen[i][0] for i in run]), (len(args[0]) // n, *args[0].shape[1:]))
     except (RuntimeError, TypeError): return None # not made for float64, for one tensor, or for these two
     return sums and Affine(run[0], run[-1], Folded.of(sums[0]), sums[1])

@@ -5,7 +5,7 @@ from torch import nn
 from drdna.baselines import Doubt, Extremes, NonFinite, Range, energy, fit_detectors
 from drdna.checksums import Checksum, Together, relations
 from drdna.core import Recorder, Tap, layers
-from drdna.data_model import ViT
+from drdna.data_model import AttentionProduct, ViT
 from drdna.detection import collect_clean, places_of
 from drdna.guard import Guard
 from drdna.injection import NeuronFaults, draw_neurons, uniform
@@ -147,6 +147,21 @@ class Styled(nn.Module):
         nn.init.uniform_(self.zero.weight, .5, 2); self.zero.weight.data[2] = 0
         nn.init.uniform_(self.wrong.weight, .5, 2)
     def forward(self, x): return self.wrong(self.zero(self.b(input=self.norm(self.a(input=x), x.tanh()))).view(-1, 6, 1).expand(-1, -1, 6)).sum(2)
+
+class Heads(nn.Module):
+    "Attention's product with samples and heads in one axis"
+    def __init__(self):
+        super().__init__()
+        self.l, self.scores = nn.Linear(6, 6), AttentionProduct()
+    def forward(self, x):
+        q = self.l(x).unflatten(-1, (2, 3)).transpose(1, 2).flatten(0, 1)
+        return self.scores(q, q.mT).sum((1, 2)).view(len(x), 2)
+
+def test_a_product_of_all_heads_at_once_obeys_its_relation():
+    torch.manual_seed(0)
+    model, x = Heads().eval().requires_grad_(False), torch.randn(4, 5, 6)
+    check = Checksum(model, x, layers(model, x, want=lambda m: True))
+    assert check.uncovered == [] and left_over(model, check, x).abs().max() < 1e-5
 
 class AcrossChannels(nn.LayerNorm):
     "A normalisation of another axis"

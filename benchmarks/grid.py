@@ -9,8 +9,8 @@ strike the 10,000 test images, on which the false-positive rates are measured.
 
 Both are campaigns (`drdna.campaign`), in folders under `--work`, so that a run that was stopped goes on where it was. What they
 give goes into the committed tables, cell by cell: found.csv, runs and SDCs; sdcs.parquet, the numbers of the faults that made
-them, from which they are drawn again; grid.csv, how many of the SDCs the detectors saw; bits.csv, the same by bit, if all of
-them judged; reach.csv, how many layers after the fault they alarm; false.csv, false positives. So a fresh clone goes on with
+them, from which they are drawn again; grid.csv, how many of the SDCs the detectors saw; bits.csv, the same by bit, of cells that
+all of them judged; reach.csv, how many layers after the fault they alarm; false.csv, false positives. So a fresh clone goes on with
 larger limits, and judges another detector in minutes (`--stages judge --detectors NAME`), without the hours of the search.
 """
 import argparse, fcntl, gzip, itertools, shutil, zlib
@@ -95,7 +95,7 @@ def settings() -> dict: # Name to `(k, bins, lam, rule)`
     return res | {f'Dr. DNA {n}, per_layer, {b} bins': (32, b, lams[n], 'per_layer') for n in ('all', 'τ2') for b in (5, 20, 40)}
 
 SITES = FOLDER / 'sites.csv'  # from sites.py
-SENTINELS = {f'sentinel, {s}%': ('out of range', s / 100) for s in (1.5, 2, 3, 5, 10)} | {f'sentinel for all, {s}%': ('all', s / 100) for s in (2, 5, 10)}  # aim, and share of an inference at a batch of 32, as sites.py reckons it
+SENTINELS = {f'sentinel, {s}%': ('out of range', s / 100) for s in (1.5, 2, 3, 5, 10)} | {f'sentinel for all, {s}%': ('all', s / 100) for s in (1.5, 2, 5, 10)}  # aim, and share of an inference at a batch of 32, as sites.py reckons it
 
 def sentinels(network, model, batch) -> dict:
     "Sentinels of the picks that sites.py chose for a network"
@@ -268,7 +268,9 @@ def judge_cells(b:Bench, args):
         seen = pd.DataFrame({f'{n} @ {f}': ~(t[f'{n}.score'] <= v) for (n, f), v in b.thresholds.items()}, index=t.index)
         put(GRID, pd.DataFrame([old | row | at | seen.sum().astype(int).to_dict()]), CELL)
         put(REACH, reach(t, b).assign(**row), [*CELL, 'detector'])
-        if len(bits := by_bit(t, seen)) and not args.detectors: put(BITS, bits.assign(**row), [*CELL, 'bit'])
+        bits = by_bit(t, seen)
+        if args.detectors: bits = beside(cell, bits) if old else bits[:0]
+        if len(bits): put(BITS, bits.assign(**row), [*CELL, 'bit'])
         print(name_of(cell), at, flush=True)
 
 def again(b:Bench, cell, at, bad, folder) -> pd.DataFrame: # A row per SDC
@@ -285,6 +287,12 @@ def by_bit(t, seen) -> pd.DataFrame:
     flips = t[t.model.str.startswith('flip(')]
     groups = seen.loc[flips.index, [c for c in seen if c.endswith(f' @ {min(FPRS)}')]].groupby(flips.bit) if len(flips) else None
     return pd.DataFrame() if groups is None else groups.sum().assign(sdcs=groups.size()).reset_index()
+
+def beside(cell, bits) -> pd.DataFrame:
+    "The same, and what other detectors saw of these flips; nothing, if these have not judged them"
+    t = pd.read_csv(BITS)
+    old = t[is_cell(t, cell)].drop(columns=CELL)
+    return old if old.empty or bits.empty else bits.set_index('bit').combine_first(old.set_index('bit')).reset_index()
 
 def reach(t, b:Bench) -> pd.DataFrame: # A row per detector
     "How many layers lie between the struck one and the first abnormal one, of the SDCs that a detector saw; a stored tensor that looks abnormal is no layer"

@@ -244,7 +244,7 @@ COSTS = {'verdict': 250, # whatever is picked; microseconds, as all of them
          'look': 20, 'check': 120, # two sums, and a vector that is spread out
          'any means': 130, 'means': 170, 'means, channels first': 280, # what the verdict does once, and what each adds; so many short sums are slow
          'MB': 42, # a megabyte of activations, which were written just before
-         'any stored': 100, 'stored': 45, 'stored MB': 100} # the same of stored tensors, and a megabyte of them, which come from memory
+         'any stored': 100, 'stored': 10, 'stored MB': 90} # the same of stored tensors, and a megabyte of them, which come from memory
 
 def bill(
     picks:list, # From `Sentinel.picks`
@@ -299,9 +299,11 @@ class _Recalls:
 # %% ../nbs/06c_sentinel.ipynb #f8719b0b
 def _with(picks, k): return tuple(sorted({*picks, k}))
 
-def _grown(recalls, price, budget) -> tuple: # A set
+def _value(recalls, mine, price) -> float: return recalls.worth([*mine])[mine[0]] - TIE * price(mine) if mine else 0
+
+def _grown(recalls, price, budget, mine) -> tuple: # A set
     "Pick after pick, always the one that adds most for its price"
-    mine, now, spent = (), 0, 0
+    now = spent = 0
     while True:
         worth = recalls.worth([*mine])
         prices = np.array([price(_with(mine, k)) for k in range(len(worth))])
@@ -311,13 +313,19 @@ def _grown(recalls, price, budget) -> tuple: # A set
 
 def _step(recalls, mine, price, budget) -> tuple: # A set
     "The best within the budget that one pick more, less or another makes of this one: itself, if none is better"
-    best, value = mine, recalls.worth([*mine])[mine[0]] - TIE * price(mine) if mine else 0
+    best, value = mine, _value(recalls, mine, price)
     for rest in [mine, *([k for k in mine if k != out] for out in mine)]:
         worth = recalls.worth([*rest])
         for k in np.flatnonzero(worth > value):
             s = _with(rest, k)
             if price(s) <= budget and (v := worth[k] - TIE * price(s)) > value + 1e-9: best, value = s, v
     return best
+
+def _climbed(recalls, price, budget, start) -> tuple: # A set
+    "Grown from a set, and then as far up as single steps lead"
+    mine = _grown(recalls, price, budget, start)
+    while (new := _step(recalls, mine, price, budget)) != mine: mine = new
+    return mine
 
 # %% ../nbs/06c_sentinel.ipynb #e28d228e
 def choose(
@@ -332,9 +340,9 @@ def choose(
     if none := [n for n, v in faulty.items() if not len(v)]: raise ValueError(f'group {none[0]!r} has no SDCs: leave it out')
     import pandas as pd # here, for a guard of a sentinel needs no tables
     recalls, price, rows = _Recalls(clean, faulty, fpr), cache(lambda s: cost([picks[k] for k in s])), []
+    sums = tuple(k for k, (what, _) in enumerate(picks) if what == 'stored' and (recalls.faulty[:, k] > 0).any())
     for budget in sorted(budgets):
-        mine = _grown(recalls, price, budget)
-        while (new := _step(recalls, mine, price, budget)) != mine: mine = new
+        mine = max((_climbed(recalls, price, budget, start) for start in dict.fromkeys(((), sums))), key=lambda s: _value(recalls, s, price) if price(s) <= budget else -np.inf)
         r = recalls.of([*mine])[0, :, mine[:1]]
         rows += [dict(budget=budget, what=picks[k][0], layer=picks[k][1], cost=price(mine), mean=float(r.mean()), worst=float(r.min())) for k in mine]
     return pd.DataFrame(rows)

@@ -342,7 +342,8 @@ def choose(
     recalls, price, rows = _Recalls(clean, faulty, fpr), cache(lambda s: cost([picks[k] for k in s])), []
     sums = tuple(k for k, (what, _) in enumerate(picks) if what == 'stored' and (recalls.faulty[:, k] > 0).any())
     for budget in sorted(budgets):
-        mine = max((_climbed(recalls, price, budget, start) for start in dict.fromkeys(((), sums))), key=lambda s: _value(recalls, s, price) if price(s) <= budget else -np.inf)
+        ends = [_climbed(recalls, price, budget, start) for start in dict.fromkeys(((), sums))]
+        mine = max((e for e in ends if price(e) <= budget), key=lambda e: _value(recalls, e, price), default=())
         r = recalls.of([*mine])[0, :, mine[:1]]
         rows += [dict(budget=budget, what=picks[k][0], layer=picks[k][1], cost=price(mine), mean=float(r.mean()), worst=float(r.min())) for k in mine]
     return pd.DataFrame(rows)

@@ -1,4 +1,4 @@
-"""Which looks, checks and sums a sentinel should have: chosen by faults in training images, which no other benchmark touches
+"""Which looks, checks and sums a sentinel should have: chosen by faults in training images, of which the grid uses neither the faults nor the images
 
 For each network all picks at all layers are fitted on 4,000 training images; 3,000 others are the clean inputs, and 400 others are
 struck by faults of the grid's kinds (not by those that the grid draws), until 300 different faults of a group made SDCs.

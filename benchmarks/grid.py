@@ -103,7 +103,7 @@ def sentinels(network, model, batch) -> dict:
     picks = lambda aim, share: list(t[(t.aim == aim) & (t.share == share)][['what', 'layer']].itertuples(index=False, name=None))
     return {name: Sentinel(model, batch, picks(*how)) for name, how in SENTINELS.items()}
 
-FITTED = 4000 # Training images that sentinels are fitted on: the directions of 512 channel means take several times 512; the others learn nothing more from them
+FITTED = 4000 # Training images that sentinels are fitted on: their units are the largest of so many; the others learn nothing more from them
 
 def rivals(network, model, batch, found) -> dict:
     "Everything but Dr. DNA and sentinels, not fitted yet"

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, Range, energy, entropy, softmax_doubt
 from .checksums import Affine, Checksum, Folded, Norm, Product, Together
-from .sentinel import RANK, SEEN, Sentinel
-from .core import Cohort, Recorder, channel_axis, collector, layers as find_layers, structure, weights_hash
+from .sentinel import LOOKS, Sentinel
+from .core import Cohort, Recorder, collector, layers as find_layers, structure, weights_hash
 from .detection import RULES, DrDNA, Verdict, collect_clean, judge, places_of, threshold
 from .profiling import Fields, _peek, pack_layers, profile, read_tensors, unpack_layers, write_tensors
 from .scoring import Tables
@@ -235,13 +235,13 @@ def calibrate(self:Guard,
 
 # %% ../nbs/08_guard.ipynb #7671f1b9
 _REAL = (torch.float32, torch.float64)
-_KINDS = { # What a file may name, and the shapes of what that learns, if it does not say so itself; L layers, D values of the first one, P parts, V picks, C channels whose means M of them look at
+_KINDS = { # What a file may name, and the shapes of what that learns, if it does not say so itself; L layers, D values of the first one, P parts, V picks
     DrDNA: {}, NonFinite: {}, Doubt: {},
     Range: {'lo': 'L', 'hi': 'L'},
     Extremes: {'mean': ('L', 3), 'unit': ('L', 3)},
     Mahalanobis: {'mean': 'D', 'inverse': 'DD'},
     Checksum: {'mean': ('L', 1), 'unit': ('L', 1)},
-    Sentinel: {'mean': 'V', 'unit': 'V', 'bias': ('M', RANK), 'directions': ('C', RANK)},
+    Sentinel: {'mean': 'V', 'unit': 'V'},
     Together: {'scale': 'P'}}
 
 @patch
@@ -263,7 +263,7 @@ def _made(f, make):
 
 def _learnt(d, f):
     "The detector with what it learnt"
-    size = {'L': len(d.layers), 'D': d.layers[0].size, 'P': len(getattr(d, 'parts', ())), 'V': len(getattr(d, 'picks', ())), 'C': sum(c := getattr(d, 'channels', [])), 'M': sum(map(bool, c))}
+    size = {'L': len(d.layers), 'D': d.layers[0].size, 'P': len(getattr(d, 'parts', ())), 'V': len(getattr(d, 'picks', ()))}
     for n, shape in _KINDS[type(d)].items(): setattr(d, n, f.array(n, _REAL, tuple(size.get(s, s) for s in shape)))
     return d
 
@@ -353,10 +353,9 @@ def state(self:Sentinel):
 @patch(cls_method=True)
 def from_state(cls:Sentinel, f:Fields):
     layers, d = unpack_layers(f, sites=False)[0], cls.__new__(cls)
-    looks = f.get('looks', list, ok=lambda v: len(v) == len(layers) and all(isinstance(w, list) and w == [k for k in SEEN if k in w] for w in v))
+    looks = f.get('looks', list, ok=lambda v: len(v) == len(layers) and all(isinstance(w, list) and w == [k for k in LOOKS if k in w] for w in v))
     relations = _relations(f, layers, False)
     if {i for i, w in enumerate(looks) if w}.union(*((r.head, r.tail) for r in relations)) != {*range(len(layers))}: f.fail('looks', 'leave a layer at which nothing is watched')
-    if bad := [l.name for l, w in zip(layers, looks) if 'means' in w and not (l.shape and l.shape[channel_axis(l)] > RANK)]: f.fail('looks', f'want channel means of {bad[0]}, which has too few channels')
     d._post(layers, relations, looks, f.get('kept', list, ok=lambda v: all(isinstance(n, str) for n in v)))
     d.sums = f.array('sums', (torch.int64,), (len(d.kept),))
     return _learnt(d, f)

@@ -7,7 +7,7 @@ from torch import nn
 from drdna import checksums
 from drdna.baselines import Doubt, Extremes, Mahalanobis, NonFinite, QuantileTree, Range, energy
 from drdna.checksums import Checksum, Together
-from drdna.sentinel import Sentinel, checks, inputs, means, storing
+from drdna.sentinel import Sentinel, checks, inputs, storing
 from drdna.core import Tap, has_hooks, layers
 from drdna.data_model import ViT
 from drdna.guard import Guard, SDCDetected
@@ -255,7 +255,7 @@ def summed(request):
     data = torch.randn(160, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(20)
     every = layers(model, data[0], want=lambda m: True)
     check = lambda found: Checksum(model, data[0], found)
-    picks = [('check', n) for n in checks(model, data[0])] + [('max', l.name) for l in every[1::2]] + [('min in', n) for n in inputs(model, data[0])] + [('means', n) for n in means(model, data[0])] + [('stored', n) for n in storing(model)]
+    picks = [('check', n) for n in checks(model, data[0])] + [('max', l.name) for l in every[1::2]] + [('min in', n) for n in inputs(model, data[0])] + [('stored', n) for n in storing(model)]
     guards = [Guard.fit(model, data, fpr=.05, detector=make) for make in (check, lambda found: Together([check(found), Extremes(every[1::2])], every), lambda found: Sentinel(model, data[0], picks))]
     x = data[0][:4].clone(); x[1] *= 1e4; x[2, 0, 0, 0] = torch.nan
     yield model, x, guards
@@ -342,7 +342,7 @@ def test_damaged_parts(summed, tmp_path, message, change):
     model, x, guards = summed
     refused(model, guards[1], tmp_path / 'g', message, change)
 
-@pytest.mark.parametrize('looks', [[], [['median']], [['means']], [['means', 'max']], [['max', 'max']], [['min', 'max']], 'max', [[]], [{'max': 1}], [['max'], ['max']]])
+@pytest.mark.parametrize('looks', [[], [['median']], [['min', 'min']], [['max', 'max']], [['min', 'max']], 'max', [[]], [{'max': 1}], [['max'], ['max']]])
 def test_damaged_looks(model, data, tmp_path, looks):
     with Guard.fit(model, data, fpr=.05, detector=lambda found: Sentinel(model, data[0], [('max', found[0].name)])) as g:
         refused(model, g, tmp_path / 'g', "field 'looks'", lambda meta, a: meta.update(looks=looks))

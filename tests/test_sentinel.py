@@ -3,10 +3,10 @@ import copy, pytest, torch
 
 from drdna.baselines import fit_detectors
 from drdna.checksums import Checksum
-from drdna.core import Tap, channel_axis, layers, stored_in
+from drdna.core import Tap, stored_in
 from drdna.data_model import ViT
 from drdna.detection import collect_clean, threshold
-from drdna.sentinel import COSTS, INTO, LOOKS, MARGINS, RANK, Sentinel, _bit_sums, _Recalls, choose, inputs, offers, price, sizes, storing
+from drdna.sentinel import COSTS, INTO, LOOKS, MARGINS, Sentinel, _bit_sums, _Recalls, choose, inputs, offers, price, sizes, storing
 from torchvision.models import resnet18
 
 def net():
@@ -20,9 +20,7 @@ def vit():
 @pytest.fixture(scope='module', params=[net, vit])
 def made(request):
     model, data = request.param(), list(torch.randn(80, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(8))
-    wide = {l.name for l in layers(model, data[0]) if l.shape[channel_axis(l)] > 64}  # these would take more inputs
-    picks = [p for p in offers(model, data[0]) if p[0] != 'means' or p[1] not in wide]
-    return model, data, fit_detectors(model, data, {'x': Sentinel(model, data[0], picks)})['x']
+    return model, data, fit_detectors(model, data, {'x': Sentinel(model, data[0], offers(model, data[0]))})['x']
 
 def of_pick(det, seen, k): return det.numbers(seen)[:, k]
 
@@ -66,25 +64,6 @@ def test_what_is_not_finite_alarms_at_its_layer_alone(made):
     s = det.statistic(r)
     assert s[:, 0].isinf().all() and s.isinf().sum() == 2
 
-def test_channel_means_stray_as_far_as_the_last_components_say(made):
-    model, data, det = made
-    flat, names = collect_clean(model, data, {'x': det})['x'], [n for w, n in det.picks if w == 'means']
-    n = names[0]
-    layer, k = next(l for l in det.layers if l.name == n), det.picks.index(('means', n))
-    means = torch.cat([v for v in channel_means_of(model, data, layer)]).double()
-    values, axes = torch.linalg.eigh(means.T.cov())
-    keep = values > 1e-9 * values[-1]
-    far = (((means - means.mean(0)) @ axes[:, keep][:, :RANK])**2 / values[keep][:RANK]).sum(1).sqrt()
-    torch.testing.assert_close(of_pick(det, flat, k).double(), far, rtol=1e-3, atol=1e-3)
-    assert names == [l.name for l in layers(model, data[0]) if RANK < l.shape[channel_axis(l)] <= 64]
-
-def channel_means_of(model, data, layer):
-    "A list of `(N, C)`, by hand"
-    seen, axis = [], channel_axis(layer) % len(layer.shape) + 1
-    with torch.inference_mode(), Tap(model, [layer], lambda x, call: seen.append(x.movedim(axis, 1).flatten(2).mean(2) if x.ndim > 2 else x.clone())):
-        for x in data: model(x)
-    return seen
-
 def test_float64_networks_have_sentinels_too(made):
     model, data, det = made
     double, more = copy.deepcopy(model).double(), [x.double() for x in data]
@@ -110,7 +89,7 @@ def test_any_changed_bit_of_what_is_stored_alarms_under_its_name(made):
         t.view(torch.int32)[at] ^= word
     assert not det.stored(now()).any() and torch.equal(clean, det.statistic(collect_clean(model, data, {'x': det})['x']))
 
-def widths(det): return [(i in det.begins or i in det.ends) + sum(det.channels[i] if w == 'means' else 1 for w in ws) for i, ws in enumerate(det.looks)]
+def widths(det): return [(i in det.begins or i in det.ends) + len(ws) for i, ws in enumerate(det.looks)]
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float64])
 def test_bits_add_up_in_any_width_and_layout(dtype):
@@ -149,11 +128,6 @@ def test_a_list_of_tokens_is_no_input_to_look_at():
         def forward(self, y): return self.out(self.embed(y))
     assert inputs(Labelled(), torch.tensor([0, 1, 4])) == ['out']
 
-def test_too_few_inputs_for_channel_means(made):
-    model, data, det = made
-    name = next(n for w, n in det.picks if w == 'means')
-    with pytest.raises(ValueError, match='channels need more clean inputs than 8'): fit_detectors(model, data[:1], {'x': Sentinel(model, data[0], [('means', name)])})
-
 def test_channels_last_sees_the_same(made):
     model, data, det = made
     same = [x.contiguous(memory_format=torch.channels_last) for x in data]
@@ -161,7 +135,7 @@ def test_channels_last_sees_the_same(made):
     a, b = (det.numbers(collect_clean(model, d, {'x': det})['x'])[:, looks] for d in (data, same))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
-@pytest.mark.parametrize('picks, why', [([], 'no picks'), ([('stored', 'fc.weight')], 'no picks of activations'), ([('max', 'fc'), ('stored', 'fc')], "('stored', 'fc')"), ([('max', 'fc9')], "('max', 'fc9')"), ([('mean', 'fc')], "'mean'"), ([('means', 'fc')], "('means', 'fc')"), ([('max in', 'relu')], "('max in', 'relu')"), ([('check', 'relu')], "('check', 'relu')")])
+@pytest.mark.parametrize('picks, why', [([], 'no picks'), ([('stored', 'fc.weight')], 'no picks of activations'), ([('max', 'fc'), ('stored', 'fc')], "('stored', 'fc')"), ([('max', 'fc9')], "('max', 'fc9')"), ([('mean', 'fc')], "'mean'"), ([('max in', 'relu')], "('max in', 'relu')"), ([('check', 'relu')], "('check', 'relu')")])
 def test_a_pick_that_does_not_exist_is_named(picks, why):
     model = net()
     with pytest.raises(ValueError) as e: Sentinel(model, torch.zeros(2, 3, 32, 32), picks)

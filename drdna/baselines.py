@@ -66,10 +66,10 @@ def fit_detectors(
 
 # %% ../nbs/06_baselines.ipynb #c00201ea
 class NonFinite(LayerDetector):
-    "1 where a layer holds a value that is not finite, else 0"
+    "Infinity where a layer holds a value that is not finite, else 0"
     any_order = True
     def reduce(self, x): return (~(x.amin(1).isfinite() & x.amax(1).isfinite())).unsqueeze(1).to(x.dtype) # both see NaN; ten times faster than a look at every value
-    def judge_layers(self, records): return records[..., 0]
+    def judge_layers(self, records): return torch.where(records[..., 0] > 0, torch.inf, 0.) # so that it can't pass for usual
 
 # %% ../nbs/06_baselines.ipynb #b94ea923
 class Range(LayerDetector):

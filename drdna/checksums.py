@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .baselines import LayerDetector, Standardised
-from .core import Tap, batch_tensors, call_model, device_of, layers as find_layers, to_device, undisturbed
+from .core import Tap, call_model, device_of, layers as find_layers, samples, to_device, undisturbed
 from .detection import places_of
 
 # %% ../nbs/06b_checksums.ipynb #c023dc05
@@ -76,16 +76,16 @@ class Folded:
 # %% ../nbs/06b_checksums.ipynb #19728ad4
 @dataclass(eq=False)
 class Relation:
-    "What a layer, or several in a row, owe their input"
+    "What a layer, or several in a row, owe their input; the sums run in the precision `wide`"
     head: int # Layer where it begins
     tail: int # Layer where it ends
-    v: Folded = Folded(torch.empty(0), {}) # The vector; empty if it takes none
+    v: Folded = Folded(torch.empty(0, dtype=torch.float32), {}) # The vector; empty if it takes none
     c: float = 0. # The constant
 
 class Affine(Relation):
     "`<1, y> = <v, x> + c`, for one layer or several in a row"
-    def before(self, args, n): return args[0].reshape(n, math.prod(self.v.shape)).float() @ self.v(args[0].device) + self.c # an input that does not fit fails before the vector is spread out
-    def after(self, x): return x.flatten(1).sum(1, dtype=torch.float32)
+    def before(self, args, n, wide=torch.float32): return (args[0].reshape(n, math.prod(self.v.shape)).to(wide) @ self.v(args[0].device).to(wide)).float() + self.c # an input that does not fit fails before the vector is spread out
+    def after(self, x, wide=torch.float32): return x.flatten(1).sum(1, dtype=wide).float()
 
 # %% ../nbs/06b_checksums.ipynb #e0a8e912
 class Norm(Relation):
@@ -95,13 +95,13 @@ class Norm(Relation):
         one = torch.ones(m.normalized_shape).flatten().double()
         v = Folded.of(one if m.weight is None else 1 / m.weight.detach().double().flatten().cpu())
         return cls(i, i, v, 0. if m.bias is None else float((m.bias.detach().double().cpu().flatten() * v()).sum()))
-    def before(self, args, n): return self.c * (args[0].numel() // n // self.v.shape[0]) # tokens of a sample
-    def after(self, x): return x.reshape(len(x), -1, self.v.shape[0]).sum(1, dtype=torch.float32) @ self.v(x.device)
+    def before(self, args, n, wide=torch.float32): return self.c * (args[0].numel() // n // self.v.shape[0]) # tokens of a sample
+    def after(self, x, wide=torch.float32): return (x.reshape(x.shape[0], -1, self.v.shape[0]).sum(1, dtype=wide) @ self.v(x.device).to(wide)).float()
 
 class Product(Relation):
     "All of a matrix product adds up to the column sums of its left factor times the row sums of its right one"
-    def before(self, args, n): return (args[0].sum(-2, dtype=torch.float32) * args[1].sum(-1, dtype=torch.float32)).reshape(n, -1).sum(1)
-    def after(self, x): return x.flatten(1).sum(1, dtype=torch.float32)
+    def before(self, args, n, wide=torch.float32): return (args[0].sum(-2, dtype=wide) * args[1].sum(-1, dtype=wide)).reshape(n, -1).sum(1).float()
+    def after(self, x, wide=torch.float32): return x.flatten(1).sum(1, dtype=wide).float()
 
 # %% ../nbs/06b_checksums.ipynb #bec7fdbf
 def _operands(call):
@@ -112,7 +112,7 @@ def _operands(call):
 
 def _dry_calls(model, found, batch, forward):
     "Module, arguments, output, and what identifies the memory of both, of every call of the layers `found`"
-    seen, place = [], lambda t: (t.data_ptr(), t.numel(), 0 if t.is_inference() else t._version)
+    seen, place = [], lambda t: (t.data_ptr(), t.shape, t.stride(), 0 if t.is_inference() else t._version)
     def note(x, call): seen.append((call.module, args := _operands(call), x, [place(a) for a in args], place(x)))
     with undisturbed(model), Tap(model, found, note): call_model(model, to_device(batch, device_of(model)), forward)
     return seen # holds every tensor, so that no memory is used twice
@@ -153,13 +153,17 @@ def relations(
     forward:Callable|None=None, # `forward(model, batch)` if the default call does not fit
 ) -> list: # In the order of their ends; `head` and `tail` count in `found`
     "All relations that hold among `found`"
-    seen, n, res = _dry_calls(model, found, batch, forward), len(next(batch_tensors(batch))), []
+    seen, n, res = _dry_calls(model, found, batch, forward), samples(batch), []
     for calls in _stretches(seen, fuse):
         whole = _relation(seen, calls, n)
         res += [whole] if whole else [_relation(seen, [i], n) for i in calls if len(calls) > 1]
     return sorted((r for r in res if r), key=lambda r: r.tail)
 
 # %% ../nbs/06b_checksums.ipynb #bdca7893
+def _wide(x):
+    "The precision of sums: float64 in a compiled graph, where a float32 sum may run on in one number, and under autocast, which would take products in half precision"
+    return torch.float64 if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) else torch.float32
+
 class Checksum(Standardised):
     "Deviation of what each relation leaves over from its clean mean, in clean standard deviations (after Huang and Abraham 1984)"
     apart = False # A relation spans layers, so that none is judged by itself
@@ -186,10 +190,10 @@ class Checksum(Standardised):
 
     def observe(self, x, i, call): # `(N, 1)`
         "`after` of the relation that ends here, less `before` of the one that begins here: of the same, or there is but one"
-        begins, ends = self.begins.get(i), self.ends.get(i)
-        if ends is None: return -begins.before(call.args, len(x)).unsqueeze(1)
-        after = ends.after(x)
-        return (after if begins is None else after - begins.before(call.args, len(x))).unsqueeze(1)
+        begins, ends, wide, n = self.begins.get(i), self.ends.get(i), _wide(x), x.shape[0] # `len` would fix the number in an export
+        if ends is None: return -begins.before(call.args, n, wide).unsqueeze(1)
+        after = ends.after(x, wide)
+        return (after if begins is None else after - begins.before(call.args, n, wide)).unsqueeze(1)
 
 # %% ../nbs/06b_checksums.ipynb #d9f4bd15
 @patch
@@ -220,7 +224,7 @@ class Together(LayerDetector):
 
     def observe(self, x, i, call=None): # `(N, sum of the parts' R)`
         "What each part that looks at layer i keeps of it"
-        kept = {k: p.observe(x, mine.index(i), call).reshape(len(x), -1) for k, (p, mine) in enumerate(zip(self.parts, self.mine)) if i in mine}
+        kept = {k: p.observe(x, mine.index(i), call).reshape(x.shape[0], -1) for k, (p, mine) in enumerate(zip(self.parts, self.mine)) if i in mine}
         self.widths[i] = {k: v.shape[1] for k, v in kept.items()}
         return torch.cat([*kept.values()], 1)
 
@@ -250,5 +254,5 @@ def learn(self:Together, clean):
 @patch
 def judge_layers(self:Together, records):
     seen = [p.statistic(r) / scale for (p, r), scale in zip(self._of_parts(records), self.scale.to(records.device))]
-    none, at = records.new_full((len(records), len(self.layers)), -torch.inf), self.at.to(records.device)
-    return none.scatter_reduce(1, at.expand(len(records), -1), torch.cat(seen, 1).to(none.dtype), 'amax')
+    n, at = records.shape[0], self.at.to(records.device)
+    return records.new_full((n, len(self.layers)), -torch.inf).scatter_reduce(1, at.expand(n, -1), torch.cat(seen, 1).to(records.dtype), 'amax')

@@ -21,7 +21,7 @@ from .baselines import Doubt, Extremes, LayerDetector, Mahalanobis, NonFinite, R
 from .checksums import Affine, Checksum, Folded, Norm, Product, Together
 from .sentinel import LOOKS, Sentinel
 from .core import Cohort, Recorder, collector, layers as find_layers, structure, weights_hash
-from .detection import RULES, DrDNA, Verdict, collect_clean, judge, places_of, threshold
+from .detection import RULES, DrDNA, Verdict, check_options, collect_clean, judge, places_of, threshold
 from .profiling import Fields, _peek, pack_layers, profile, read_tensors, unpack_layers, write_tensors
 from .scoring import Tables
 
@@ -117,9 +117,9 @@ def _move(d, names, device):
 def _enough(n, fpr):
     "Raise `ValueError` unless half of n inputs can resolve `fpr`"
     if n is None: return
-    if n < 2: raise ValueError(f'{n} input(s): a guard needs some to profile and others to calibrate')
+    if n < 4: raise ValueError(f'{n} input(s): a guard needs at least two to profile and two to calibrate')
     try: threshold(torch.zeros(n // 2), fpr)
-    except ValueError as e: raise ValueError(f'{e}; half of the data calibrates, so give twice as many') from None
+    except ValueError as e: raise ValueError(f'{e}; half of the data calibrates, so give twice as many' if 0 < fpr < 1 else str(e)) from None
 
 def _finite(v:Tensor) -> Tensor: # `(n, ...)`
     "The same; raises `ValueError` if clean inputs give anything that is not finite, for then a threshold could be infinite"
@@ -133,6 +133,7 @@ def _halves(n, seed):
 
 def _fit_drdna(model, data, fpr, layers, seed, forward, k, bins, lam, rule):
     "A fitted detector, the clean statistics of the other half, and how many were profiled"
+    check_options(bins, lam, rule)
     p = profile(model, data, layers, k, seed, forward)
     _enough(len(p), fpr)
     a, b = _halves(len(p), seed)
@@ -167,8 +168,8 @@ def fit(cls:Guard,
 ) -> Guard:
     "Profile the model on one half of `data` and calibrate on the other; raises `ValueError` if there is too little of it"
     _plain(model)
-    dataset = getattr(data, 'dataset', None)
-    _enough(len(dataset) if hasattr(dataset, '__len__') else None, fpr)
+    sized = getattr(data, 'sampler', getattr(data, 'dataset', None)) # a sampler may draw an input twice
+    _enough(len(sized) if hasattr(sized, '__len__') else None, fpr)
     fit, more = (_fit_layers, (detector,)) if detector else (_fit_drdna, (k, bins, lam, rule))
     d, clean, n = fit(model, data, fpr, layers, seed, forward, *more)
     info = {'fpr': fpr, 'profiled': n, 'calibrated': len(clean), 'structure': structure(model), 'weights': weights_hash(model)}

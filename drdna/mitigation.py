@@ -12,17 +12,16 @@ __all__ = ['clamp', 'fill', 'zero', 'channel_means', 'to_mean', 'rewrites', 'Res
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from types import NoneType
 from typing import NamedTuple
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from .core import Call, Layer, Recorder, Tap, call_model, channel_axis, collector, device_of, structure, to_device, undisturbed, view
+from .core import Call, Layer, Recorder, Tap, call_model, channel_axis, collector, device_of, get_item, keys_of, put_item, structure, to_device, undisturbed, view
 from .detection import Verdict, judge, places_of
 from .injection import bits_of
 from .profiling import Profile
@@ -113,20 +112,23 @@ class Rerun(Tap):
         return ~((low >= lo) & (high <= hi))
 
 # %% ../nbs/07_mitigation.ipynb #58aa6923
-def _is_record(v): return is_dataclass(v) and not isinstance(v, Mapping) # which pytree takes for a leaf
-
 def mix(
     which:Tensor, # bool `(N,)`
     new, # Any nesting of tensors `(N, ...)`: tuples, lists, dictionaries and dataclasses
     old, # The same nesting
 ): # `new` where `which` says so, else `old`
-    "Take some samples from one output and the rest from another; raises `ValueError` for a tensor without a batch axis in front"
-    def one(a, b):
-        if _is_record(b): return replace(b, **{f.name: mix(which, getattr(a, f.name), getattr(b, f.name)) for f in fields(b)})
-        if not isinstance(b, Tensor): return b
-        if not b.ndim or len(b) != len(which): raise ValueError(f'a part of the output has shape {tuple(b.shape)}, and {len(which)} samples cannot be told apart in it')
-        return torch.where(which.to(b.device).view(-1, *[1] * (b.ndim - 1)), a, b)
-    return pytree.tree_map(one, new, old, is_leaf=_is_record)
+    "Take some samples from one output and the rest from another; raises `ValueError` for a tensor without a batch axis in front, and for what holds no tensors in sight"
+    if isinstance(old, Tensor): return _mixed(which, new, old)
+    if isinstance(old, (str, int, float, NoneType)): return old
+    if (keys := keys_of(old)) is None: raise ValueError(f'a part of the output is a {type(old).__name__}, in which {len(which)} samples cannot be told apart')
+    for k in keys:
+        part = get_item(old, (k,))
+        if (mixed := mix(which, get_item(new, (k,)), part)) is not part: old = put_item(old, (k,), mixed)
+    return old
+
+def _mixed(which, new, old):
+    if not old.ndim or len(old) != len(which): raise ValueError(f'a part of the output has shape {tuple(old.shape)}, and {len(which)} samples cannot be told apart in it')
+    return torch.where(which.to(old.device).view(-1, *[1] * (old.ndim - 1)), new, old)
 
 # %% ../nbs/07_mitigation.ipynb #75e7d6f1
 def reexecute(
@@ -158,7 +160,9 @@ class Golden:
     def __repr__(self): return f'Golden copy of {type(self.model).__name__}: {len(self.copies)} tensors, {self.nbytes / 1e6:.1f} MB'
 
 # %% ../nbs/07_mitigation.ipynb #71fe54d7
-def _differ(t, copy): return not torch.equal(bits_of(t.detach()), bits_of(copy.to(t.device)))
+def _differ(t, copy):
+    bits = lambda v: bits_of(torch.view_as_real(v) if v.is_complex() else v)
+    return not torch.equal(bits(t.detach()), bits(copy.to(t.device)))
 
 @patch
 def check(self:Golden) -> list[str]:

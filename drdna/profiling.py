@@ -91,6 +91,7 @@ def profile(
         for batch in tqdm(data, desc='profile'):
             call_model(model, to_device(batch, device), forward)
             v, hi, top, lo, bottom = (torch.stack(z, 1) for z in zip(*rec.take()))
+            if not len(v): continue # an empty batch
             values.append(v); places.append(torch.stack([top, bottom], 2))
             ranges.append(_finite(layers, torch.stack([lo.amin(0), hi.amax(0)], 1)))
     ranges = torch.stack(ranges)

@@ -6,7 +6,7 @@ Docs: https://drdna.github.io/drdna/scoring.html.md"""
 
 # %% auto #0
 __all__ = ['CLIP', 'bins_of', 'frequencies', 'rarity', 'tau1', 'unit', 'tau2', 'tau3', 'monitored_extremes', 'score', 'margin',
-           'Tables', 'pooled_range', 'fit_tables']
+           'Tables', 'pooled_range', 'check_bins', 'fit_tables']
 
 # %% ../nbs/03_scoring.ipynb #5326b058
 from dataclasses import dataclass
@@ -152,12 +152,15 @@ def pooled_range(lo, hi, mask):
     return lo.masked_fill(~mask, torch.inf).amin(-1), hi.masked_fill(~mask, -torch.inf).amax(-1)
 
 # %% ../nbs/03_scoring.ipynb #938958de
+def check_bins(bins:int):
+    if bins < 1: raise ValueError(f'bins={bins}: a histogram needs at least one bin')
+
 def fit_tables(
     p:Profile, # From `profile`
     bins:int=10, # B
 ) -> Tables:
     "Histograms, pooled histograms and usual extremes of a profile; raises `ValueError` for fewer than one bin"
-    if bins < 1: raise ValueError(f'bins={bins}: a histogram needs at least one bin')
+    check_bins(bins)
     mask = p.cohort.mask
     v = p.values[..., :mask.shape[1]]
     lo, hi = v.amin(0), v.amax(0)

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .checksums import Checksum, relations
-from .core import Layer, Tap, as_float, batch_tensors, call_model, device_of, layers as find_layers, stored_in, tensors, to_device, undisturbed
+from .core import Layer, Tap, as_float, call_model, device_of, layers as find_layers, samples, stored_in, tensors, to_device, undisturbed
 from .detection import threshold
 
 # %% ../nbs/06c_sentinel.ipynb #dc59887e
@@ -192,7 +192,7 @@ class Size(NamedTuple):
 
 def sizes(model:nn.Module, batch, forward:Callable|None=None) -> dict: # Name to `Size`: layers in execution order, then stored tensors
     "How much there is to read of everything that can be picked"
-    seen, n, names = {}, len(next(batch_tensors(batch))), storing(model)
+    seen, n, names = {}, samples(batch), storing(model)
     def note(x, call): seen[call.layer.name] = Size(sum(a.nbytes for a in call.args if isinstance(a, Tensor)) / n, x.nbytes / n)
     _walk(model, batch, forward, note)
     return seen | {n: Size(0, 0, t.nbytes) for n, t in zip(names, stored_in(model, names)())}

@@ -65,6 +65,15 @@ def test_fusion_stops_where_memory_was_written():
     assert [(r.head, r.tail) for r in relations(model, x, layers(model, x))] == [(0, 0), (1, 1)]
     assert Checksum(model, x).layers[1].name == 'l#2'
 
+def test_fusion_stops_where_axes_change_places():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        def forward(self, x): return self.b(self.a(x).transpose(1, 2))
+    model, x = Mixer().eval(), torch.randn(4, 6, 6)
+    assert [(r.head, r.tail) for r in relations(model, x, layers(model, x))] == [(0, 0), (1, 1)]
+
 def test_fused_relations_cover_the_same():
     model, x = built('resnet')
     one, two = Checksum(model, x, fuse=False), Checksum(model, x)

@@ -1,11 +1,13 @@
 "Layers and taps on networks that were not written for us"
-import copy, threading
+import copy, gc, pickle, threading, weakref
+from collections import UserDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest, torch, torchvision
 from torch import nn
 
-from drdna.core import Cohort, Recorder, Tap, draw_sites, has_hooks, is_tapped, layers, structure, weights_hash
+from drdna.core import Cohort, Recorder, Tap, batch_tensors, draw_sites, has_hooks, is_tapped, layers, samples, structure, to_device, weights_hash
 from drdna.injection import bits_of, draw_neurons, flip, NeuronFaults
 
 class Tagger(nn.Module):
@@ -146,6 +148,45 @@ def test_each_thread_has_its_own_record():
         for t in threads: t.start()
         for t in threads: t.join()
     assert not bad
+
+def test_a_tapped_network_is_freed_with_its_taps():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    tap = Tap(model, layers(model, torch.randn(4, 3)), lambda x, call: None)
+    left = weakref.ref(model[0].weight)
+    del model, tap
+    gc.collect()
+    assert left() is None
+
+def test_a_tapped_network_goes_into_a_file_without_its_taps():
+    model, x, seen = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.randn(4, 3), []
+    with Tap(model, layers(model, x), lambda x, call: seen.append(x)):
+        twin = pickle.loads(pickle.dumps(model))
+        assert torch.equal(twin(x), twin[1](twin[0](x))) and not seen and not any(is_tapped(m) or has_hooks(m) for m in twin.modules())
+
+class Named(NamedTuple):
+    image: object
+
+@dataclass
+class Record:
+    image: object
+    name: str = 'x'
+
+@pytest.mark.parametrize('batch', [Named(torch.zeros(4, 2)), Record(torch.zeros(4, 2)), UserDict(image=torch.zeros(4, 2)), [torch.tensor(1.), {'image': torch.zeros(4, 2)}]])
+def test_batches_of_any_kind(batch):
+    moved = to_device(batch, 'meta')
+    assert type(moved) is type(batch) and samples(batch) == 4 and [t.device.type for t in batch_tensors(moved)] == ['meta'] * (1 + isinstance(batch, list))
+
+def test_batches_that_say_nothing():
+    with pytest.raises(ValueError, match='a batch of type dict holds no tensor'): samples({'text': ['a', 'b']})
+    with pytest.raises(ValueError, match='the batch is empty'): layers(nn.Linear(3, 3), torch.empty(0, 3))
+
+def test_nested_tensors_are_refused():
+    torch.manual_seed(0)
+    enc = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval().requires_grad_(False)
+    x, pad = torch.randn(4, 6, 16), torch.zeros(4, 6, dtype=torch.bool)
+    pad[:, 4:] = True
+    with pytest.raises(ValueError, match='enable_nested_tensor=False'): layers(enc, dict(src=x, src_key_padding_mask=pad))
+    with Tap(enc, layers(enc, x), lambda x, call: None), pytest.raises(ValueError, match='enable_nested_tensor=False'): enc(x, src_key_padding_mask=pad)
 
 def test_a_copy_of_a_tapped_network_is_not_tapped():
     act = nn.ReLU()

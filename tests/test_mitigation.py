@@ -1,4 +1,5 @@
 "Repairs, the golden copy and the ladder where they could go wrong"
+from collections import UserDict
 from dataclasses import dataclass
 from functools import partial
 
@@ -6,7 +7,7 @@ import pytest, torch
 from torch import nn
 
 from drdna.baselines import Extremes, fit_detectors
-from drdna.core import Recorder, layers, weights_hash
+from drdna.core import Recorder, layers, tensors, weights_hash
 from drdna.detection import Verdict
 from drdna.engine import run
 from drdna.injection import (NeuronFaults, bits_of, column, draw_neurons, draw_rate, draw_runs, draw_weights, flip, flips, noise, random_bits, row,
@@ -190,6 +191,22 @@ def test_outputs_of_any_nesting():
     record = mix(which, Answer({'logits': new['logits']}, 'new'), Answer({'logits': old['logits']}, 'old'))
     assert record.y['logits'].tolist() == [[1] * 3, [0] * 3] and record.said == 'old'
     assert [*reexecute(lambda: [Answer(torch.ones(2))], [Answer(torch.zeros(2))], which)[0].y] == [1, 0]
+
+class Logits(dict): pass
+class Opaque: pass
+
+@pytest.mark.parametrize('wrap', [lambda v: Logits(logits=v), lambda v: UserDict(logits=v), lambda v: type('Pair', (tuple,), {})((v, 'x'))])
+def test_outputs_of_derived_types(wrap):
+    got = mix(torch.tensor([True, False]), wrap(torch.ones(2, 3)), old := wrap(torch.zeros(2, 3)))
+    assert [t.tolist() for _, t in tensors(got)] == [[[1] * 3, [0] * 3]] and type(got) is type(old) and not next(tensors(old))[1].any()
+    with pytest.raises(ValueError, match='a part of the output is a Opaque'): mix(torch.tensor([True, False]), [Opaque()], [Opaque()])
+
+def test_complex_buffers_are_restored():
+    model = nn.Linear(2, 2)
+    model.register_buffer('turn', torch.polar(torch.ones(3), torch.arange(3.)))
+    golden, before = Golden(model), model.turn.clone()
+    model.turn[1] += 1j
+    assert golden.restore() == ['turn'] and torch.equal(model.turn, before) and golden.check() == []
 
 @torch.no_grad()
 def test_each_rung_heals_its_kind_of_fault():

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .core import Cohort, Recorder, call_model, collector, device_of, to_device, undisturbed
 from .profiling import Profile
-from .scoring import check_bins, Tables, bins_of, fit_tables, frequencies, margin, rarity, score
+from .scoring import Tables, bins_of, check_bins, fit_tables, frequencies, margin, rarity, score
 
 # %% ../nbs/05_detection.ipynb #123893a1
 def threshold(

@@ -114,6 +114,18 @@ def test_other_precisions(dtype):
     check = Checksum(model, x)
     assert check.uncovered == [] and left_over(model, check, x).abs().max() < {torch.bfloat16: .01, torch.float64: 1e-5}[dtype]
 
+@pytest.mark.parametrize('low', (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize('name', ('twice', 'vit'))
+def test_autocast_leaves_the_sums_alone(name, low):
+    model, x = built(name)
+    det, records = Checksum(model, x), []
+    def both(y, i, call):
+        with torch.autocast('cpu', low): rough = det.observe(y, i, call)
+        records.append((rough, det.observe(y, i, call)))
+        return rough
+    with torch.no_grad(), Recorder(model, det.layers, both): model(x)
+    for rough, want in records: torch.testing.assert_close(rough, want, rtol=1e-5, atol=1e-2) # of a sum over thousands of values
+
 def test_together_is_the_larger_of_its_parts():
     model, x = built('resnet')
     every = layers(model, x, want=lambda m: True)

@@ -251,10 +251,10 @@ def of_cell(net, cell, at, bad) -> pd.DataFrame:
     parts, done = [], 0
     while done < at['faults']:
         faults, first, _ = portion(net, cell, done)
-        parts.append(faults.assign(fault=faults.fault + done, image=faults.image + first))
+        mine = faults[faults.fault.isin(bad - done)] # at once: a channel of every fault of the cell is more than fits into memory
+        parts.append(mine.assign(fault=mine.fault + done, image=mine.image + first))
         done += faults.fault.nunique()
-    t = pd.concat(parts, ignore_index=True)
-    return t[t.fault.isin(bad)]
+    return pd.concat(parts, ignore_index=True)
 
 def judge_cells(b:Bench, args):
     "Judge what was found; what other detectors said of the same SDCs is kept"

@@ -187,6 +187,7 @@ class Checksum(Standardised):
         super().__init__(layers)
         self.relations, self.uncovered = relations, uncovered # the latter names layers that nothing is known about
         self.begins, self.ends = {r.head: r for r in relations}, {r.tail: r for r in relations}
+        self.head_of = {r.tail: r.head for r in relations} # plain numbers, which older compilers can look up
 
     def observe(self, x, i, call): # `(N, 1)`
         "`after` of the relation that ends here, less `before` of the one that begins here: of the same, or there is but one"
@@ -200,8 +201,8 @@ class Checksum(Standardised):
 def collect(self:Checksum, records:list) -> Tensor: # `(N, L, 1)`
     "What each relation leaves over, at the layer where it ends; 0 elsewhere"
     def left(i):
-        if (r := self.ends.get(i)) is None: return torch.zeros_like(records[0])
-        return records[i] if r.head == i else records[i] + records[r.head]
+        if (head := self.head_of.get(i)) is None: return torch.zeros_like(records[0])
+        return records[i] if head == i else records[i] + records[head]
     return torch.stack([left(i) for i in range(len(records))], 1)
 
 

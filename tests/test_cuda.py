@@ -52,6 +52,8 @@ def close(got, want, rounding=False):
     fine = want.score.isfinite() & (not rounding)
     return torch.equal(got.alarm.cpu(), want.alarm) and torch.equal(got.layer.cpu(), want.layer) and torch.allclose(got.score.cpu()[fine], want.score[fine], rtol=.01, atol=.01)
 
+def on_cpu(verdict): return type(verdict)(*(t.cpu() for t in verdict))
+
 def waiting(mode):
     if GPU: torch.cuda.set_sync_debug_mode(mode)
 
@@ -77,9 +79,10 @@ def test_ways_to_run(guards, x, device):
     g, z = guards[1], x.to(device)
     want, backend = g(z)[1], Graphs()
     torch.compiler.reset()
-    f = torch.compile(g, fullgraph=True, backend=backend)
-    assert same(f(z)[1], want) and same(f(z)[1], want) and backend.count == 1
-    assert same(torch.export.export(g, (z,), strict=False).module()(z)[1], want)
+    f, sums = torch.compile(g, fullgraph=True, backend=backend), type(g.detector).__name__ in ROUNDING # whose sums run in float64 in a graph
+    first = f(z)[1]
+    assert same(f(z)[1], first) and backend.count == 1 and close(first, on_cpu(want), sums) and (sums or same(first, want))
+    assert same(torch.export.export(g, (z,), strict=False).module()(z)[1], first)
     with torch.inference_mode(): assert same(g(z)[1], want)
     assert torch.equal(g(z.to(memory_format=torch.channels_last))[1].alarm, want.alarm)
     with torch.autocast(device.type, torch.bfloat16): low = g(z)[1]

@@ -164,6 +164,7 @@ def _wide(x):
     "The precision of sums: float64 in a compiled graph, where a float32 sum may run on in one number, and under autocast, which would take products in half precision"
     return torch.float64 if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) else torch.float32
 
+# %% ../nbs/06b_checksums.ipynb #9d41c0e7
 class Checksum(Standardised):
     "Deviation of what each relation leaves over from its clean mean, in clean standard deviations (after Huang and Abraham 1984)"
     apart = False # A relation spans layers, so that none is judged by itself

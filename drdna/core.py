@@ -310,6 +310,7 @@ def _hook_of(module): # `None` if nobody taps it
     "The hook of a module, which it alone keeps alive: a hook knows its taps, and these their modules"
     return next((h.hook for h in [*module._forward_hooks.values()] if isinstance(h, _Hung)), None)
 
+# %% ../nbs/00_core.ipynb #4f1a9b36
 class _Hook:
     "The one forward hook of a tapped module; runs its taps in the order of their phases"
     def __init__(self, module):
@@ -438,6 +439,7 @@ def _as_found(layer, out):
 
 def _cut(v): return v.detach() if isinstance(v, Tensor) and v.requires_grad else v
 
+# %% ../nbs/00_core.ipynb #b70c25d8
 class Recorder(Tap):
     "Compute `fn(x, i, call)` at each layer i and keep the results until `take`"
     def __init__(self,

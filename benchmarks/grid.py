@@ -14,11 +14,12 @@ all of them judged; reach.csv, how many layers after the fault they alarm; false
 larger limits, and judges another detector in minutes (`--stages judge --detectors NAME`), without the hours of the search.
 """
 import argparse, fcntl, gzip, itertools, shutil, zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.functional import gaussian_blur
 
 from drdna.baselines import Doubt, Extremes, Mahalanobis, NonFinite, QuantileTree, Range, energy, entropy, fit_detectors
@@ -160,6 +161,15 @@ def dna(net, fit, settings) -> dict:
 
 CLUSTERS = 100  # different faults that a full cell of weights has: with fewer, Wilson's lower bound of "all seen" stays below 96 %
 SDCS, FOUND, GRID, BITS, REACH, FALSE = FOLDER / 'sdcs.parquet', *(FOLDER / f'{n}.csv' for n in ('found', 'grid', 'bits', 'reach', 'false'))
+
+PRODUCTS = {getattr(torch.ops.aten, n) for n in ('convolution', 'mm', 'addmm', 'bmm', 'baddbmm')}
+
+class InFloat(TorchDispatchMode):
+    "Products of float16 in float32, rounded once, as PyTorch's own kernels do on a CPU; where it lacks instructions for float16, these take ten times as long"
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.overloadpacket not in PRODUCTS or args[0].dtype != torch.float16: return func(*args, **kwargs)
+        return func(*(a.float() if isinstance(a, torch.Tensor) else a for a in args), **kwargs).half()
 
 class Net:
     "A network in one precision, its layers and the test images"
@@ -304,6 +314,14 @@ def reach(t, b:Bench) -> pd.DataFrame: # A row per detector
         return dict(detector=n, seen=len(hit), stored=int(where.isna().sum()), median=behind.median(), upper=behind.quantile(.95), most=behind.max(), layer=names.index[0], share=names.iloc[0] / len(hit))
     return pd.DataFrame([row(n) for n in b.detectors if t[f'{n}.alarm'].any()], columns=['detector', 'seen', 'stored', 'median', 'upper', 'most', 'layer', 'share'])
 
+def fill(net, args):
+    "The cells of a network in one precision"
+    if 'find' in args.stages: find(net, args)
+    if 'judge' not in args.stages: return
+    b = Bench(net, not args.no_odd, args.detectors)
+    put(FALSE, b.false, ['network', 'dtype', 'device', 'inputs', 'detector', 'fpr'])
+    judge_cells(b, args)
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--networks', nargs='+', default=list(NETWORKS), choices=NETWORKS)
@@ -321,11 +339,6 @@ def main():
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     for network, dtype in itertools.product(args.networks, args.dtypes):
-        net = Net(network, dtype, args.device)
-        if 'find' in args.stages: find(net, args)
-        if 'judge' not in args.stages: continue
-        b = Bench(net, not args.no_odd, args.detectors)
-        put(FALSE, b.false, ['network', 'dtype', 'device', 'inputs', 'detector', 'fpr'])
-        judge_cells(b, args)
+        with InFloat() if (args.device, dtype) == ('cpu', 'float16') else nullcontext(): fill(Net(network, dtype, args.device), args)
 
 if __name__ == '__main__': main()

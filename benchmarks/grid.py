@@ -165,7 +165,7 @@ SDCS, FOUND, GRID, BITS, REACH, FALSE = FOLDER / 'sdcs.parquet', *(FOLDER / f'{n
 PRODUCTS = {getattr(torch.ops.aten, n) for n in ('convolution', 'mm', 'addmm', 'bmm', 'baddbmm')}
 
 class InFloat(TorchDispatchMode):
-    "Products of float16 in float32, rounded once, as PyTorch's own kernels do on a CPU; where it lacks instructions for float16, these take ten times as long"
+    "Products of float16 in float32, rounded once; PyTorch's own kernels add up in float32, too, and take many times as long where a CPU has no instructions for float16"
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.overloadpacket not in PRODUCTS or args[0].dtype != torch.float16: return func(*args, **kwargs)

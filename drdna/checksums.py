@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .baselines import LayerDetector, Standardised
-from .core import Tap, call_model, device_of, layers as find_layers, samples, to_device, undisturbed
+from .core import Tap, axes, call_model, device_of, layers as find_layers, samples, to_device, undisturbed
 from .detection import places_of
 
 # %% ../nbs/06b_checksums.ipynb #c023dc05
@@ -74,6 +74,11 @@ class Folded:
     def to(self, device): self.kept, self.index = self.kept.to(device), {d: i.to(device) for d, i in self.index.items()}
 
 # %% ../nbs/06b_checksums.ipynb #19728ad4
+def _total(x, wide): return x.sum(axes(x), dtype=wide).float() # Of each sample, `(N,)`
+
+def _dot(x, v, wide): # `(N, *shape)` and `shape` to `(N,)`
+    return x.flatten(1).to(wide) @ v.flatten() if wide is torch.float32 else _total(x.to(wide) * v, wide) # the latter joins the loop that makes x
+
 @dataclass(eq=False)
 class Relation:
     "What a layer, or several in a row, owe their input; the sums run in the precision `wide`"
@@ -84,8 +89,10 @@ class Relation:
 
 class Affine(Relation):
     "`<1, y> = <v, x> + c`, for one layer or several in a row"
-    def before(self, args, n, wide=torch.float32): return (args[0].reshape(n, math.prod(self.v.shape)).to(wide) @ self.v(args[0].device).to(wide)).float() + self.c # an input that does not fit fails before the vector is spread out
-    def after(self, x, wide=torch.float32): return x.flatten(1).sum(1, dtype=wide).float()
+    def before(self, args, n, wide=torch.float32):
+        x = args[0].reshape(n, *self.v.shape) # one that does not fit fails before the vector is spread out
+        return _dot(x, self.v(x.device).view(self.v.shape), wide) + self.c
+    def after(self, x, wide=torch.float32): return _total(x, wide)
 
 # %% ../nbs/06b_checksums.ipynb #e0a8e912
 class Norm(Relation):
@@ -101,7 +108,7 @@ class Norm(Relation):
 class Product(Relation):
     "All of a matrix product adds up to the column sums of its left factor times the row sums of its right one"
     def before(self, args, n, wide=torch.float32): return (args[0].sum(-2, dtype=wide) * args[1].sum(-1, dtype=wide)).reshape(n, -1).sum(1).float()
-    def after(self, x, wide=torch.float32): return x.flatten(1).sum(1, dtype=wide).float()
+    def after(self, x, wide=torch.float32): return _total(x, wide)
 
 # %% ../nbs/06b_checksums.ipynb #bec7fdbf
 def _operands(call):
@@ -210,7 +217,7 @@ def collect(self:Checksum, records:list) -> Tensor: # `(N, L, 1)`
 # %% ../nbs/06b_checksums.ipynb #95e2ff2f
 class Together(LayerDetector):
     "Several detectors as one: the largest of their statistics, each in units of its own largest on the clean inputs of the fit"
-    apart, any_order = False, False
+    apart = False
     def __init__(self,
         parts:list, # `LayerDetector`s, not fitted yet
         order:list, # All their layers, and maybe more, in execution order; from `core.layers(model, batch, want=lambda m: True)`

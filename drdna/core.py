@@ -7,9 +7,9 @@ Docs: https://drdna.github.io/drdna/core.html.md"""
 # %% auto #0
 __all__ = ['PHASES', 'call_model', 'device_of', 'to_device', 'undisturbed', 'tensors', 'keys_of', 'get_item', 'put_item', 'Layer',
            'channel_axis', 'logical_shape', 'is_monitored', 'child_free', 'layers', 'batch_tensors', 'samples',
-           'draw_sites', 'coordinates', 'as_float', 'read_sites', 'Cohort', 'Call', 'view', 'unview', 'Tap', 'at_call',
-           'has_hooks', 'is_tapped', 'mitigate', 'Recorder', 'stored_in', 'collector', 'structure', 'weights_hash',
-           'replace_file']
+           'draw_sites', 'coordinates', 'as_float', 'axes', 'read_sites', 'Cohort', 'Call', 'view', 'unview', 'Tap',
+           'at_call', 'has_hooks', 'is_tapped', 'mitigate', 'Recorder', 'stored_in', 'collector', 'structure',
+           'weights_hash', 'replace_file']
 
 # %% ../nbs/00_core.ipynb #8eff5e04
 import copy, hashlib, math, os, threading
@@ -228,6 +228,10 @@ def coordinates(
 def as_float(x:Tensor) -> Tensor:
     "At least float32, in which sums over half precision are taken"
     return x if x.dtype == torch.float64 else x.float() # no `promote_types`, which older exports take for an operation of the graph
+
+def axes(x:Tensor) -> tuple: # Of a sample: all but the first
+    "What to reduce over, where the order of the values does not matter: unlike a flat view it takes no copy of a tensor with its channels last, nor where a compiler puts them last"
+    return tuple(range(1, x.ndim))
 
 def read_sites(
     x:Tensor, # A layer's output in its logical shape, `(N, *shape)`

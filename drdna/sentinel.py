@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .checksums import Checksum, relations
-from .core import Layer, Tap, as_float, call_model, device_of, layers as find_layers, samples, stored_in, tensors, to_device, undisturbed
+from .core import Layer, Tap, as_float, axes, call_model, device_of, layers as find_layers, samples, stored_in, tensors, to_device, undisturbed
 from .detection import threshold
 
 # %% ../nbs/06c_sentinel.ipynb #dc59887e
@@ -111,15 +111,13 @@ def _post(self:Sentinel, layers, relations, looks, kept):
     self.places, self.picks = [where[i] for _, i in picks], [(w, where[i].name) for w, i in picks]
 
 # %% ../nbs/06c_sentinel.ipynb #4f785b53
-_AXES = [tuple(range(1, n)) for n in range(9)] # of a sample
-
 @patch
 def columns(self:Sentinel, x, i, call) -> list: # Of `(N,)` and `(N, 1)`; in few words, for here code is cold
     "What the relations and the looks want of layer i, one by one: a guard joins those of all layers at once"
     seen = [Checksum.observe(self, x, i, call)] if i in self.begins or i in self.ends else []
     for into, look in self.reads[i]:
         v = call.args[0] if into else x
-        seen.append(look(v, _AXES[v.ndim]))
+        seen.append(look(v, axes(v)))
     return seen
 
 @patch

@@ -8,7 +8,7 @@ Docs: https://drdna.github.io/drdna/guard.html.md"""
 __all__ = ['Guard', 'SDCDetected']
 
 # %% ../nbs/08_guard.ipynb #b311a1da
-import copy, math
+import copy, math, sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -405,7 +405,7 @@ def load(cls:Guard,
 ) -> Guard:
     "Read a guard and put it round `model`; raises `ValueError` naming file and field if they do not fit"
     f = Fields(path, *read_tensors(path, 'guard'))
-    detector, t = _read(f), f.get('threshold', int, float, ok=math.isfinite)
+    detector, t = _read(f), float(f.get('threshold', int, float, ok=lambda v: abs(v) <= sys.float_info.max))
     info = {'fpr': f.get('fpr', int, float), 'profiled': f.get('profiled', int), 'calibrated': f.get('calibrated', int), 'structure': f.get('structure', str), 'weights': f.get('weights', str)}
     if info['structure'] != structure(model): f.fail('structure', f'belongs to another model than this {type(model).__name__}: other modules, shapes or dtypes')
     if strict and info['weights'] != weights_hash(model): f.fail('weights', 'belongs to other weights of this model; fit again, or load with strict=False')

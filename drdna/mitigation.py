@@ -32,8 +32,8 @@ def clamp(x:Tensor, lo:float, hi:float) -> Tensor:
     return x.nan_to_num((lo + hi) / 2, torch.inf, -torch.inf).clamp(lo, hi)
 
 def fill(x:Tensor, lo:float, hi:float, value:Tensor) -> Tensor:
-    "Values outside `[lo, hi]`, and NaN, become `value`"
-    return torch.where((x >= lo) & (x <= hi), x, value)
+    "Values outside `[lo, hi]`, and NaN, become `value`, in the dtype of `x`, which autocast may have changed"
+    return torch.where((x >= lo) & (x <= hi), x, value.to(x.dtype))
 
 def zero(x:Tensor, lo:float, hi:float) -> Tensor:
     "Values outside `[lo, hi]`, and NaN, become zero"

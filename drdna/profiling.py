@@ -193,7 +193,7 @@ def unpack_layers(f:Fields, sites:bool=True) -> tuple[list, list]: # Layers and 
     try:
         ks = [r.pop('k') if sites else 1 for r in rows]
         found = [Layer(**(r | {'shape': tuple(r['shape']), 'item': tuple(r['item'])})) for r in rows]
-        if not all(type(n) is int and n > 0 for l, k in zip(found, ks) for n in (k, l.call, l.calls, l.groups, *l.shape)): raise TypeError
+        if not all(type(n) is int and n > 0 for l, k in zip(found, ks) for n in (k, l.call, l.calls, l.groups, *l.shape)) or any(l.call > l.calls for l in found): raise TypeError
         if not all(type(l.batch_dim) is int and 0 <= l.batch_dim <= len(l.shape) and all(type(i) in (int, str) for i in l.item) for l in found): raise TypeError
         if len({l.name for l in found}) < len(found): raise TypeError
         if not all(isinstance(s, str) for l in found for s in (l.name, l.path, l.kind, l.dtype)): raise TypeError

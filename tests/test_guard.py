@@ -388,6 +388,19 @@ def test_damaged_looks(model, data, tmp_path, looks):
     with Guard.fit(model, data, fpr=.05, detector=lambda found: Sentinel(model, data[0], [('max', found[0].name)])) as g:
         refused(model, g, tmp_path / 'g', "field 'looks'", lambda meta, a: meta.update(looks=looks))
 
+@pytest.mark.parametrize('field, change', [
+    ('threshold', lambda meta: meta.update(threshold=10**400)),
+    ('threshold', lambda meta: meta.update(threshold=float('nan'))),
+    ('layers', lambda meta: meta['layers'][0].update(call=2))])
+def test_damaged_header(model, data, tmp_path, field, change):
+    with Guard.fit(model, data, fpr=.05, detector=Extremes) as g: refused(model, g, tmp_path / 'g', f"field '{field}'", lambda meta, a: change(meta))
+
+def test_a_whole_number_for_a_threshold(model, data, x, tmp_path):
+    with Guard.fit(model, data, fpr=.05, detector=Extremes) as g:
+        g.threshold = 10**300
+        g.save(tmp_path / 'g')
+    with Guard.load(tmp_path / 'g', model) as g: assert not g(x)[1].alarm.any()
+
 @pytest.mark.parametrize('message, change', [
     ("field 'kept'", lambda meta, a: meta['kept'].append(1)),
     ("field 'kept'", lambda meta, a: meta.update(kept='fc.weight')),

@@ -58,6 +58,16 @@ def test_half_precision():
     assert {m.dtype for m in means.values()} == {torch.bfloat16}
     with torch.no_grad(), NeuronFaults(model, p.layers, draw_neurons(p.layers, 16, flip(bit=14))), Restrict(model, p, to_mean(means)): assert model(x).isfinite().all()
 
+@torch.no_grad()
+def test_a_mean_takes_the_dtype_that_autocast_gives():
+    model, x = small()
+    p, seen = profile(model, [x]), []
+    with Restrict(model, p, to_mean(channel_means(model, [x], p.layers))), torch.autocast('cpu', torch.bfloat16):
+        h = model[0].register_forward_hook(lambda m, a, out: seen.append(out))
+        model(3 * x)  # some leave their range
+        h.remove()
+    assert seen[0].dtype == torch.bfloat16
+
 @pytest.mark.parametrize('name', ('resnet', 'vit', 'recurrent'))
 def test_a_layer_runs_again_in_a_sweep_as_in_the_network(name):
     model, x = built(name)

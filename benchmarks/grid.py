@@ -10,7 +10,7 @@ strike the 10,000 test images, on which the false-positive rates are measured.
 Both are campaigns (`drdna.campaign`), in folders under `--work`, so that a run that was stopped goes on where it was. What they
 give goes into the committed tables, cell by cell: found.csv, runs and SDCs; sdcs.parquet, the numbers of the faults that made
 them, from which they are drawn again; grid.csv, how many of the SDCs the detectors saw; bits.csv, the same by bit, of cells that
-all of them judged; reach.csv, how many layers after the fault they alarm; false.csv, false positives. So a fresh clone goes on with
+all of them judged; reach.csv, how many layers after the fault they alarm, and how often not without it; false.csv, false positives. So a fresh clone goes on with
 larger limits, and judges another detector in minutes (`--stages judge --detectors NAME`), without the hours of the search.
 """
 import argparse, fcntl, gzip, itertools, shutil, zlib
@@ -305,14 +305,14 @@ def beside(cell, bits) -> pd.DataFrame:
     return old if old.empty or bits.empty else bits.set_index('bit').combine_first(old.set_index('bit')).reset_index()
 
 def reach(t, b:Bench) -> pd.DataFrame: # A row per detector
-    "How many layers lie between the struck one and the first abnormal one, of the SDCs that a detector saw; a stored tensor that looks abnormal is no layer"
+    "How many of the SDCs that a detector saw raise no alarm without the fault (`net`), and how many layers lie between the struck one and the first abnormal one; a stored tensor that looks abnormal is no layer"
     order = {l.name: i for i, l in enumerate(layers(b.net.model, next(iter(b.net.test)), want=lambda m: True))}
     def row(n):
         hit = t[t[f'{n}.alarm'].astype(bool)]
         where, struck, names = hit[f'{n}.layer'].map(order), hit.layer.map(lambda s: order.get(s, order.get(s.rpartition('.')[0]))), hit[f'{n}.layer'].value_counts()
         behind = where - struck
-        return dict(detector=n, seen=len(hit), stored=int(where.isna().sum()), median=behind.median(), upper=behind.quantile(.95), most=behind.max(), layer=names.index[0], share=names.iloc[0] / len(hit))
-    return pd.DataFrame([row(n) for n in b.detectors if t[f'{n}.alarm'].any()], columns=['detector', 'seen', 'stored', 'median', 'upper', 'most', 'layer', 'share'])
+        return dict(detector=n, seen=len(hit), net=int((~hit[f'{n}.twin'].astype(bool)).sum()), stored=int(where.isna().sum()), median=behind.median(), upper=behind.quantile(.95), most=behind.max(), layer=names.index[0], share=names.iloc[0] / len(hit))
+    return pd.DataFrame([row(n) for n in b.detectors if t[f'{n}.alarm'].any()], columns=['detector', 'seen', 'net', 'stored', 'median', 'upper', 'most', 'layer', 'share'])
 
 def fill(net, args):
     "The cells of a network in one precision"

@@ -20,7 +20,7 @@ from drdna.core import replace_file
 from drdna.data_model import cifar10_splits
 from drdna.detection import collect_clean
 from drdna.leaderboard import OUT_OF_RANGE
-from drdna.sentinel import Sentinel, choose, offers, price, sizes
+from drdna.sentinel import Sentinel, Size, choose, offers, price, sizes
 
 from grid import FITTED, NETWORKS, SENTINELS, SITES, Batches, Net, draw, kinds, number, put, thirds
 
@@ -63,14 +63,15 @@ def collect(net, folder, portions):
     fit, clean = (net.batches(s) for s in (train[:FITTED], train[FITTED:FITTED + 3000]))
     det = fit_detectors(net.model, fit, {'x': Sentinel(net.model, first, offers(net.model, first))})['x']
     if file_of(folder, 'clean').exists() and collected(folder)['picks'] != det.picks: raise SystemExit(f'{folder}: what is collected there is of other picks; delete it first')
-    keep(dict(picks=det.picks, heads=det.heads, sizes=sizes(net.model, first), clean=det.deviations(collect_clean(net.model, clean, {'x': det})['x'])), file_of(folder, 'clean'))
+    keep(dict(picks=det.picks, heads=det.heads, sizes={n: tuple(s) for n, s in sizes(net.model, first).items()}, clean=det.deviations(collect_clean(net.model, clean, {'x': det})['x'])), file_of(folder, 'clean'))
     for g in left: keep(group(net, det, train[FITTED + 3000:FITTED + 3400], portions, *g), file_of(folder, *g))
 
 def collected(folder) -> dict: # `picks`, `heads`, `sizes`, `clean`, and `seen`: (kind, target, third) to `(m, picks)`
     "What `collect` has kept"
     if not file_of(folder, 'clean').exists(): raise SystemExit(f'{folder}: nothing is collected yet; run the stage collect first')
-    load = lambda path: torch.load(path, weights_only=False)
-    return load(file_of(folder, 'clean')) | {'seen': {g: load(file_of(folder, *g)) for g in GROUPS if file_of(folder, *g).exists()}}
+    load = lambda path: torch.load(path, weights_only=True)
+    clean = load(file_of(folder, 'clean'))
+    return clean | {'sizes': {n: Size(*s) for n, s in clean['sizes'].items()}, 'seen': {g: load(file_of(folder, *g)) for g in GROUPS if file_of(folder, *g).exists()}}
 
 # ---------------------------------------------------------------- the choice
 

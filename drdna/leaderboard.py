@@ -41,7 +41,7 @@ def standings(
     full, rest = t[t.n >= least], t[t.n < least]
     worst = full.loc[full.groupby(by).recall.idxmin()].set_index(by)
     res = full.groupby(by).agg(cells=('n', 'size'), sdcs=('n', 'sum'), macro=('recall', 'mean'), below=('below', 'sum'), above=('above', 'sum'), worst=('recall', 'min'), lower=('lo', 'min'))
-    res = res.assign(macro_lo=res.macro - res.below**.5 / res.cells, macro_hi=res.macro + res.above**.5 / res.cells, # MOVER, see above
+    res = res.assign(macro_lo=(res.macro - res.below**.5 / res.cells).clip(0), macro_hi=res.macro + res.above**.5 / res.cells, # MOVER, see above
                      worst_cell=worst.target + ', ' + worst.kind + ', third ' + (worst.third + 1).astype(str)).drop(columns=['below', 'above'])
     small = rest.groupby(by)[['k', 'n']].sum()
     res['rest'] = (small.k.astype(int).astype(str) + '/' + small.n.astype(int).astype(str)).reindex(res.index).fillna('')

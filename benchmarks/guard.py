@@ -40,7 +40,7 @@ def detectors(network, model, only):
     first = next(iter(loader(data)))
     found = layers(model, first)
     wanted = lambda named: {n: d for n, d in named.items() if not only or n in only}
-    dna = {n: DrDNA.fit(profile(model, loader(data), found, k)) for n, k in wanted({f'Dr. DNA, k={k}': k for k in (8, 32, 128)}).items()}
+    dna = {n: DrDNA.fit(profile(model, loader(data), found, k)) for n, k in wanted({f'Dr. DNA, k={k}': k for k in (8, 16, 32, 64, 128)}).items()}
     return dna | fit_detectors(model, loader(data), wanted(rivals(network, model, first, found) | sentinels(network, model, first)))
 
 def stored(detector) -> int:

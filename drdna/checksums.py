@@ -61,11 +61,14 @@ class Folded:
             found[d] = index.int()
         return cls(v.float(), found)
 
-    def __call__(self, device='cpu') -> Tensor: # float32, flat
+    def __post_init__(self):
+        if self.kept.ndim == 4: self.kept = self.kept.contiguous(memory_format=torch.channels_last) # the order in which compiled convolutions read
+
+    def __call__(self, device='cpu') -> Tensor: # float32, of the whole shape
         if self.kept.device != torch.device(device): self.to(device)
         v = self.kept
         for d, index in self.index.items(): v = v.index_select(d, index)
-        return v.flatten()
+        return v
 
     @property
     def shape(self) -> tuple: return tuple(len(self.index.get(d, range(n))) for d, n in enumerate(self.kept.shape)) # With all slices
@@ -76,7 +79,7 @@ class Folded:
 # %% ../nbs/06b_checksums.ipynb #19728ad4
 def _total(x, wide): return x.sum(axes(x), dtype=wide).float() # Of each sample, `(N,)`
 
-def _dot(x, v, wide): # `(N, *shape)` and `shape` to `(N,)`
+def _dot(x, v, wide): # `(N, *shape)` and `shape`, or `(1, *shape)`, to `(N,)`
     return x.flatten(1).to(wide) @ v.flatten() if wide is torch.float32 else _total(x.to(wide) * v, wide) # the latter joins the loop that makes x
 
 @dataclass(eq=False)
@@ -90,8 +93,9 @@ class Relation:
 class Affine(Relation):
     "`<1, y> = <v, x> + c`, for one layer or several in a row"
     def before(self, args, n, wide=torch.float32):
-        x = args[0].reshape(n, *self.v.shape) # one that does not fit fails before the vector is spread out
-        return _dot(x, self.v(x.device).view(self.v.shape), wide) + self.c
+        x = args[0]
+        if x.unsqueeze(1).shape != (n, *self.v.shape): x = x.reshape(n, *self.v.shape) # of a layer that takes parts of samples; what does not fit fails here
+        return _dot(x, self.v(x.device), wide) + self.c
     def after(self, x, wide=torch.float32): return _total(x, wide)
 
 # %% ../nbs/06b_checksums.ipynb #e0a8e912

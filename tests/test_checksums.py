@@ -1,6 +1,7 @@
 "Relations of sums: found where they hold, nowhere else, and broken by every fault that they cover"
 import pytest, torch, torchvision
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from drdna.baselines import Doubt, Extremes, NonFinite, Range, energy, fit_detectors
 from drdna.checksums import Checksum, Together, relations
@@ -194,6 +195,15 @@ def test_what_obeys_no_relation_is_named():
     check = Checksum(model, x, layers(model, x, want=lambda m: True))
     assert check.uncovered == ['0.a', '0.norm', '0.b', '0.zero', '0.wrong'] and [l.name for l in check.layers] == ['1']
     assert left_over(model, check, x).abs().max() < 1e-5
+
+def test_a_compiler_may_keep_the_order_of_what_a_convolution_reads():
+    "A view with another axis fixes it, and costs a transposition for each convolution"
+    model, x = built('resnet')
+    r = Checksum(model, x).relations[1]
+    graph = make_fx(lambda a: r.before([a], 4, torch.float64))(torch.randn(4, *r.v.shape[1:])).graph
+    graph.eliminate_dead_code()
+    assert not [n for n in graph.nodes if 'view' in str(n.target) or 'unsqueeze' in str(n.target)]
+    assert r.v.shape[0] == 1 and r.v.kept.is_contiguous(memory_format=torch.channels_last)
 
 def test_a_guard_of_both_compiles_and_says_what_it_cannot():
     model, x = built('vit')

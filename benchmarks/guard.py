@@ -22,26 +22,27 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torc
 
 from drdna.baselines import fit_detectors
 from drdna.core import layers
-from drdna.data_model import loader, normalize, sample
+from drdna.data_model import cifar10_splits, loader, normalize, sample
 from drdna.detection import DrDNA
 from drdna.guard import Guard
 from drdna.profiling import profile
 from drdna.scoring import Tables
 
-from grid import NETWORKS, rivals, sentinels
+from grid import NETWORKS, Net, rivals, sentinels, tree
 
 FOLDER = Path(__file__).parent / 'results'
 
 # ---------------------------------------------------------------- what is compared
 
-def detectors(network, model, only):
+def detectors(model, a):
     "`{name: fitted detector}`, of all or of some; how well they are fitted changes nothing in what they cost"
     data = sample('profile')
     first = next(iter(loader(data)))
     found = layers(model, first)
-    wanted = lambda named: {n: d for n, d in named.items() if not only or n in only}
+    wanted = lambda named: {n: d for n, d in named.items() if not a.detectors or n in a.detectors}
     dna = {n: DrDNA.fit(profile(model, loader(data), found, k)) for n, k in wanted({f'Dr. DNA, k={k}': k for k in (8, 16, 32, 64, 128)}).items()}
-    return dna | fit_detectors(model, loader(data), wanted(rivals(network, model, first, found) | sentinels(network, model, first)))
+    trees = wanted({'quantile tree': lambda: tree(Net(a.network, 'float32', a.device), cifar10_splits()['train'][1000:3000])}) if a.mode == 'eager' else {} # scikit-learn's trees cannot be compiled
+    return dna | {n: grow() for n, grow in trees.items()} | fit_detectors(model, loader(data), wanted(rivals(a.network, model, first, found) | sentinels(a.network, model, first)))
 
 def stored(detector) -> int:
     "Bytes of the numbers that a detector keeps, sites and vectors included"
@@ -49,7 +50,8 @@ def stored(detector) -> int:
     parts = [detector, *(v for v in vars(detector).values() if isinstance(v, Tables))]
     vectors = sum(r.v.nbytes for r in getattr(detector, 'relations', []) if r.v)
     sites = sum(s.nbytes for s in detector.cohort.sites) if hasattr(detector, 'cohort') else 0
-    return vectors + sites + sum(v.nbytes for p in parts for v in vars(p).values() if isinstance(v, torch.Tensor))
+    nodes = detector.tree.tree_.__getstate__()['nodes'].nbytes if hasattr(detector, 'tree') else 0
+    return vectors + sites + nodes + sum(v.nbytes for p in parts for v in vars(p).values() if isinstance(v, torch.Tensor))
 
 def twin(model):
     "Module objects of its own, the same weight tensors"
@@ -100,8 +102,8 @@ def measure(a):
     "Write the raw file of one process and mode"
     model = NETWORKS[a.network](a.device)
     weights, images = sum(p.nbytes for p in model.parameters()), normalize(sample('evaluate').images[:max(a.batches)]).to(a.device)
+    watch = detectors(model, a)
     with torch.inference_mode():
-        watch = detectors(a.network, model, a.detectors)
         timers = {'eager': eager, 'compiled': compiled}[a.mode](model, watch)
         res = {str(b): turns(timers, images[:b], a.rounds) for b in a.batches}
     memory = [stored(d) / weights for d in watch.values()]

@@ -84,9 +84,23 @@ class Extremes(Standardised):
     def reduce(self, x): return torch.stack([x.amin(axes(x)), x.amax(axes(x)), torch.linalg.vector_norm(x, dim=axes(x))], 1)
 
 # %% ../nbs/06_baselines.ipynb #0e904889
-def softmax_doubt(z:Tensor) -> Tensor: return 1 - z.softmax(-1).amax(-1) # One minus the largest softmax probability (Hendrycks and Gimpel 2017)
-def entropy(z:Tensor) -> Tensor: return torch.special.entr(z.softmax(-1)).sum(-1) # Entropy of the softmax, in nats
-def energy(z:Tensor) -> Tensor: return -z.logsumexp(-1) # Free energy (Liu et al. 2020)
+def softmax_doubt(
+    z:Tensor, # Logits `(N, C)`
+) -> Tensor: # `(N,)`
+    "One minus the largest softmax probability (Hendrycks and Gimpel 2017)"
+    return 1 - z.softmax(-1).amax(-1)
+
+def entropy(
+    z:Tensor, # Logits `(N, C)`
+) -> Tensor: # `(N,)`, in nats
+    "Entropy of the softmax"
+    return torch.special.entr(z.softmax(-1)).sum(-1)
+
+def energy(
+    z:Tensor, # Logits `(N, C)`
+) -> Tensor: # `(N,)`
+    "Free energy, minus the logarithm of the sum of exponentials (Liu et al. 2020)"
+    return -z.logsumexp(-1)
 
 class Doubt(LayerDetector):
     "A score of the logits, which are the last of `layers`"
@@ -118,7 +132,7 @@ class Mahalanobis(LayerDetector):
 
 # %% ../nbs/06_baselines.ipynb #269419f3
 class QuantileTree(LayerDetector):
-    "A decision tree over quantiles of a few layers (Geissler et al. 2023); needs faulty records to learn from, and scikit-learn"
+    "A decision tree over quantiles of a few layers (Geissler et al. 2023); needs faulty records to learn from, and scikit-learn. A quantile that is not finite counts as a very large one, infinity with its sign"
     apart = False # The tree looks at all layers
     def __init__(self,
         layers:Iterable[Layer], # A few; quantiles sort the whole layer

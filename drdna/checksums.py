@@ -84,7 +84,7 @@ def _dot(x, v, wide): # `(N, *shape)` and `shape`, or `(1, *shape)`, to `(N,)`
 
 @dataclass(eq=False)
 class Relation:
-    "What a layer, or several in a row, owe their input; the sums run in the precision `wide`"
+    "What a layer, or several in a row, owe their input: `before(args, n)` says what their output should add up to, and `after(x)` what it does, `(N,)` each, added up in the precision `wide`"
     head: int # Layer where it begins
     tail: int # Layer where it ends
     v: Folded = Folded(torch.empty(0, dtype=torch.float32), {}) # The vector; empty if it takes none

@@ -237,7 +237,7 @@ def plan_fields() -> str:
 def add_workers(p):
     "Arguments that say who computes"
     how = p.add_mutually_exclusive_group()
-    how.add_argument('--workers', type=int, default=1, metavar='N', help='processes; default: 1')
+    how.add_argument('--workers', type=int, default=1, metavar='N', help='processes')
     how.add_argument('--dask', metavar='ADDRESS', help="of a scheduler's workers, which must be able to import the same packages")
 
 def add_campaign(sub):

@@ -30,12 +30,14 @@ def threshold(
     m:Tensor, # Clean sample statistics, `(n,)`
     fpr:float, # Wanted false-positive rate α, between 0 and 1
 ) -> float:
-    "The `ceil((n + 1)(1 - fpr))`-th smallest of n clean values; raises `ValueError` if n cannot resolve `fpr`"
+    "The `ceil((n + 1)(1 - fpr))`-th smallest of n clean values; raises `ValueError` if n cannot resolve `fpr`, or if nothing would ever pass that value"
     if not 0 < fpr < 1: raise ValueError(f'fpr={fpr}: a false-positive rate lies between 0 and 1')
     n, a = len(m), Fraction(str(fpr))  # as written: in binary, 0.01 is a little more than 0.01
     rank = math.ceil((n + 1) * (1 - a))
     if rank > n: raise ValueError(f'fpr={fpr} needs at least {math.ceil((1 - a) / a)} calibration inputs, got {n}')
-    return float(m.sort().values[rank - 1])
+    t = float(m.sort().values[rank - 1])
+    if not t < math.inf: raise ValueError(f'fpr={fpr}: {int((~m.isfinite()).sum())} of {n} clean inputs give a statistic that is not finite, so that no threshold is left: are NaN or infinite ones among them, here or in the fit?')
+    return t
 
 # %% ../nbs/05_detection.ipynb #9fdef77e
 class Verdict(NamedTuple):
@@ -59,7 +61,11 @@ def judge(
 # %% ../nbs/05_detection.ipynb #6a8cafa1
 RULES = ('final', 'global', 'per_layer')
 
-def check_options(bins:int, lam:tuple, rule:str):
+def check_options(
+    bins:int, # Of the histograms
+    lam:tuple, # Weights λ of the three tests
+    rule:str, # One of `RULES`
+):
     "Raise `ValueError` for an unknown rule, less than one bin, or not three weights"
     if rule not in RULES: raise ValueError(f'rule {rule!r}: choose one of {RULES}')
     check_bins(bins)
@@ -164,7 +170,12 @@ def collect_clean(
 REFERENCE_LAYERS = ['conv1', 'bn1', *(f'layer{i}.0.{m}' for i in (1, 2, 3, 4) for m in ('conv1', 'bn1', 'conv2', 'bn2')), 'avgpool']
 REFERENCE_STORED = [n.replace('bn1', 'relu').replace('bn2', 'relu#2') for n in REFERENCE_LAYERS] # what in-place operations leave there
 
-def reference_bins(x:Tensor, lo:Tensor, hi:Tensor, bins:int) -> Tensor: # int64 of the shape of `x`
+def reference_bins(
+    x:Tensor, # Values at the sites, the last axis
+    lo:Tensor, # Smallest clean value of each site
+    hi:Tensor, # Largest clean value of each site
+    bins:int, # How many, of equal width
+) -> Tensor: # int64 of the shape of `x`
     "`bisect_left(edges, x) - 1` on equal-width bins: the minimum falls into bin -1, which is the last"
     width = torch.where(hi > lo, hi - lo, 1)
     return ((x - lo) / width).mul(bins).ceil().sub(1).clamp(max=bins - 1).long() % bins

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm.auto import tqdm
 
-from .core import Layer, Recorder, Tap, at_call, batch_tensors, has_hooks, is_tapped, call_model, child_free, collector, device_of, logical_shape, mitigate, put_item, stored_in, tensors, to_device, undisturbed, unview, view
+from .core import Layer, Recorder, Tap, at_call, has_hooks, is_tapped, call_model, child_free, collector, device_of, logical_shape, map_tensors, mitigate, put_item, samples, stored_in, tensors, to_device, undisturbed, unview, view
 from .injection import NeuronFaults, bits_of, check_faults, class_flags, fault_ids, other_class, outcomes, stored_places, strikes, written
 from .injection import _places, _stored
 
@@ -107,11 +107,11 @@ def _step(whole, node, calls):
 # %% ../nbs/04b_engine.ipynb #b6a8a3b9
 def _map_samples(f, batch, n):
     "A batch of n samples with `f` applied to the tensors that have the batch axis first"
-    return pytree.tree_map(lambda t: f(t) if isinstance(t, Tensor) and t.ndim and len(t) == n else t, batch)
+    return map_tensors(lambda t: f(t) if t.ndim and len(t) == n else t, batch)
 
 def _drawn(batch, rows:Tensor, n): return _map_samples(lambda t: t[rows.to(t.device)].clone(), batch, n)
 
-def _copy(tree): return pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, tree)
+def _copy(tree): return map_tensors(Tensor.clone, tree)
 
 def _tensors_of(tree): return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
 
@@ -204,7 +204,7 @@ class Cut:
         batch, # One batch, on its device
         forward:Callable|None=None, # `forward(model, batch)` if the default call does not fit
     ):
-        self.model, self.size = model, len(_tensors_of(batch)[0])
+        self.model, self.size = model, samples(batch)
         if self.size < 2: raise Uncuttable('a batch of one sample cannot show that samples are independent; give it two or more')
         try: self._prove(batch, forward)
         except Uncuttable: raise
@@ -1160,7 +1160,7 @@ def whole(
 ) -> Iterable[Ran]: # First the batch without a fault
     "Run all faults on one batch, each in a whole forward"
     with _recording(model, observers) as seen:
-        n, first = len(_tensors_of(batch)[0]), lambda b: next(tensors(call_model(model, _copy(b), forward)), (None, None))[1]
+        n, first = samples(batch), lambda b: next(tensors(call_model(model, _copy(b), forward)), (None, None))[1]
         raw, clean = first(batch), seen()
         layout = _answer_layout(raw, n, lambda: first(_drawn(batch, torch.arange(n - 1), n)))
         def go(b=batch): return rows_first(first(b), *layout)
@@ -1231,7 +1231,7 @@ class Cuts:
         self.said = True
     def key(self, batch, repair):
         "What a cut depends on: shapes and strides of what has a batch axis, values of what has not"
-        n = len(_tensors_of(batch)[0])
+        n = samples(batch)
         return repair, str([(t.shape, t.dtype, t.stride()) if isinstance(t, Tensor) and t.ndim and len(t) == n else (t.tolist() if isinstance(t, Tensor) else t) for t in pytree.tree_leaves(batch)])
     def __call__(self, batch, repair) -> Cut|None:
         if not self.sweep: return None
@@ -1258,7 +1258,7 @@ def _batches(data, faults, device):
     start = 0
     for batch in data:
         batch = to_device(batch, device)
-        n = len(next(batch_tensors(batch)))
+        n = samples(batch)
         yield batch, faults[faults.image.between(start, start + n - 1)].assign(slot=lambda t: t.image - start), start
         start += n
     if start < faults.image.max() + 1: raise ValueError(f'the loader gave {start} inputs, but a fault strikes image {faults.image.max()}')

@@ -77,7 +77,8 @@ def __exit__(self:Guard, *exc): self.close()
 @patch
 def __repr__(self:Guard):
     where = f", FPR {self.info['fpr']} from {self.info['calibrated']} inputs" if 'fpr' in self.info else ''
-    return f'Guard of {type(self.model).__name__}: {_kind(self.detector)} on {len(self.layers)} layers{where}'
+    what = 'places' if hasattr(self.detector, 'places') else 'layers'
+    return f'Guard of {type(self.model).__name__}: {_kind(self.detector)} on {len(self.layers)} {what}{where}'
 
 # %% ../nbs/08_guard.ipynb #bbad3994
 def _kind(d) -> str: # What people read
@@ -156,9 +157,9 @@ def fit(cls:Guard,
     model:nn.Module, # The fault-free network
     data:Iterable, # Clean batches: `x`, `(x, y)` or dictionaries; may be one-shot
     fpr:float=0.01, # Share of clean inputs that may raise an alarm
-    k:int=32, # Sites per layer
-    bins:int=10, # Bins of the histograms
-    lam:tuple=(1, 1, 1), # Weights λ of the three tests
+    k:int=32, # Dr. DNA's sites per layer; this and the next three mean nothing to another detector
+    bins:int=10, # Bins of its histograms
+    lam:tuple=(1, 1, 1), # Weights λ of its three tests
     rule:str='per_layer', # `final`, `global` or `per_layer`
     layers:list|None=None, # Layers to watch, from `core.layers`; default: all convolution, linear, normalisation and attention layers
     seed:int=0, # Draws the sites and splits the data
@@ -388,7 +389,9 @@ def from_state(cls:Together, f:Fields):
 
 # %% ../nbs/08_guard.ipynb #60fe5d2c
 @patch
-def save(self:Guard, path:str|Path):
+def save(self:Guard,
+    path:str|Path, # Where to; a file that is there is replaced
+):
     "Write the guard, without the model, to a safetensors file; raises `ValueError` for a detector that no file may name, or if nobody knows where the threshold comes from"
     info = {'structure': structure(self.model), 'weights': weights_hash(self.model)} | self.info
     if unknown := {'fpr', 'profiled', 'calibrated'} - set(info): raise ValueError(f'a guard is saved with what its threshold means; `info` lacks {sorted(unknown)}')

@@ -129,6 +129,7 @@ def _pattern(values, dtype):
     if not dtype.is_floating_point:
         v, info = v.round(), torch.iinfo(dtype)
         if not ((v >= info.min) & (v <= info.max)).all(): raise ValueError(f'{dtype} holds values from {info.min} to {info.max}, not {v.flatten()[0]:g}')
+    if (lost := v.isfinite() & ~v.to(dtype).isfinite()).any(): raise ValueError(f'{dtype} holds values up to {torch.finfo(dtype).max:g}, not {v[lost][0]:g}')
     return bits_of(v.to(dtype)).long()
 
 def _check_range(lo, hi):

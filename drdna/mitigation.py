@@ -27,15 +27,28 @@ from .injection import bits_of
 from .profiling import Profile
 
 # %% ../nbs/07_mitigation.ipynb #a00a892a
-def clamp(x:Tensor, lo:float, hi:float) -> Tensor:
+def clamp(
+    x:Tensor, # A layer's output
+    lo:float, # Smallest usual value
+    hi:float, # Largest usual value
+) -> Tensor: # Of the shape of `x`
     "Values outside `[lo, hi]` become the nearest end, NaN the middle (Ranger)"
     return x.nan_to_num((lo + hi) / 2, torch.inf, -torch.inf).clamp(lo, hi)
 
-def fill(x:Tensor, lo:float, hi:float, value:Tensor) -> Tensor:
+def fill(
+    x:Tensor, # A layer's output
+    lo:float, # Smallest usual value
+    hi:float, # Largest usual value
+    value:Tensor, # What fits beside `x`, such as `(C, 1, 1)`
+) -> Tensor: # Of the shape of `x`
     "Values outside `[lo, hi]`, and NaN, become `value`, in the dtype of `x`, which autocast may have changed"
     return torch.where((x >= lo) & (x <= hi), x, value.to(x.dtype))
 
-def zero(x:Tensor, lo:float, hi:float) -> Tensor:
+def zero(
+    x:Tensor, # A layer's output
+    lo:float, # Smallest usual value
+    hi:float, # Largest usual value
+) -> Tensor: # Of the shape of `x`
     "Values outside `[lo, hi]`, and NaN, become zero"
     return torch.where((x >= lo) & (x <= hi), x, 0)
 
@@ -225,7 +238,10 @@ class Climb(NamedTuple):
     verdict: Verdict # Of the answers in `y`, `(N,)` each: an alarm that stands was cleared by no rung
     rung: Tensor # int64 `(N,)`: 0 where there was no alarm, i where the i-th rung cleared it, -1 where none did
 
-def restored(golden:Golden, guard:Callable) -> Callable:
+def restored(
+    golden:Golden, # The copy of the model's weights
+    guard:Callable, # `f(x) -> (y, verdict)`, of the same model
+) -> Callable: # `f(x) -> (y, verdict)`, or `None`
     "A rung: heal the weights and run again; it passes (`None`) if they are sound"
     return lambda *args, **kwargs: guard(*args, **kwargs) if golden.restore() else None
 

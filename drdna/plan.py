@@ -131,7 +131,8 @@ class Plan:
         _need(self.population and all(isinstance(p, Population) for p in self.population), 'population', list(self.population), 'at least one')
         _need(len({*map(str, self.population)}) == len(self.population), 'population', [*map(str, self.population)], 'different ones')
         stored = any(p.target != 'neuron' for p in self.population)
-        _need(100 <= self.weight_images <= (self.images if stored else MOST), 'weight_images', self.weight_images, 'at least 100, at most images')
+        _need(100 <= self.weight_images <= MOST, 'weight_images', self.weight_images, f'100 to {MOST:,}')
+        _need(not stored or self.weight_images <= self.images, 'images', self.images, f'at least weight_images = {self.weight_images}, for a fault in a stored tensor runs on so many')
 
 # %% ../nbs/09_plan.ipynb #920a566f
 def _toml(v):
@@ -405,6 +406,7 @@ def after_pilot(self:Plan,
 ) -> Plan:
     "The plan with Neyman's allocation, from the rates of a pilot that ran this one"
     t = pd.DataFrame({'y': np.asarray(y, float), 'population': faults.population.to_numpy(), 'stratum': faults.stratum.to_numpy()})
+    if lost := [str(p) for p in self.population if str(p) not in {*t.population}]: raise ValueError(f'the pilot has no fault of population {lost[0]!r}')
     rates = t.groupby(['population', 'stratum'], sort=False).y.agg(lambda v: round((v.sum() + 1) / (len(v) + 2), 6))
     return replace(self, seed=self.seed + 1, population=tuple(replace(p, **want, allocation='neyman', pilot=rates[str(p)].to_dict()) for p in self.population))
 

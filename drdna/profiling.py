@@ -9,7 +9,7 @@ __all__ = ['Spool', 'Profile', 'profile', 'write_tensors', 'read_tensors', 'Fiel
            'save_profile', 'load_profile']
 
 # %% ../nbs/02_profiling.ipynb #ee26b03b
-import json, os, tempfile
+import json, tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import (Cohort, Layer, Recorder, call_model, device_of, draw_sites, layers as find_layers,
-                        structure, to_device, undisturbed, weights_hash)
+                        replace_file, structure, to_device, undisturbed, weights_hash)
 
 # %% ../nbs/02_profiling.ipynb #ec9e4498
 class Spool:
@@ -137,10 +137,8 @@ def write_tensors(
     meta:dict, # Anything that JSON can hold
 ):
     "Write a safetensors file with a header that says what it is; never leaves half a file"
-    path = Path(path)
-    tmp = path.with_name(path.name + '.tmp')
-    save_file({k: v.contiguous() for k, v in arrays.items()}, tmp, {'drdna': kind, 'version': '1', 'meta': json.dumps(meta)})
-    os.replace(tmp, path)
+    arrays, head = {k: v.contiguous() for k, v in arrays.items()}, {'drdna': kind, 'version': '1', 'meta': json.dumps(meta)}
+    replace_file(path, lambda tmp: save_file(arrays, tmp, head))
 
 # %% ../nbs/02_profiling.ipynb #6daae162
 def read_tensors(
@@ -216,6 +214,7 @@ def load_profile(path:str|Path) -> Profile:
     layers, sites = unpack_layers(f)
     n = len(layers)
     values = f.array('values', (torch.float32, torch.float64), (None, n, None))
+    if not len(values): f.fail('values', 'has no row: nothing was profiled')
     if values.shape[2] - max(map(len, sites)) not in (0, 4): f.fail('values', f'has {values.shape[2]} columns for {max(map(len, sites))} sites')
     extremes = f.array('extremes', (torch.int64,), (n, 2))
     if any(not 0 <= int(e) < l.size for l, es in zip(layers, extremes) for e in es): f.fail('extremes', 'lies outside its layer')

@@ -100,7 +100,7 @@ def repaired(campaign, how, **more):
     model, batches, found, watch, *_ = campaign.setup
     det, p = watch['drdna'].detector, profile(model, batches, found, k=8)
     plan = Plan((Population(bits=(30,), n=60), Population('weight', bits=(30,), n=4)), images=200)
-    return Campaign(model, batches, plan, watch | {'drdna, low': Calibrated(det, .5)}, repairs={'repair': partial(Restrict, model, p, how)}, keep=['drdna'], **more)
+    return Campaign(model, batches, plan, watch | {'drdna, low': Calibrated(det, .5)}, repairs={'repair': partial(Restrict, model, p, how)}, keep=(n for n in ['drdna']), **more)
 
 def test_repairs_and_records_are_those_of_a_run(campaign, tmp_path):
     c = repaired(campaign, clamp)

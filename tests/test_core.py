@@ -176,6 +176,11 @@ def test_batches_of_any_kind(batch):
     moved = to_device(batch, 'meta')
     assert type(moved) is type(batch) and samples(batch) == 4 and [t.device.type for t in batch_tensors(moved)] == ['meta'] * (1 + isinstance(batch, list))
 
+def test_layers_by_name():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.zeros(2, 3)
+    for want in ('0', ['0'], (n for n in ['0'])): assert [l.name for l in layers(model, x, want)] == ['0']
+    with pytest.raises(ValueError, match="no layer is named .'conv1'."): layers(model, x, 'conv1')
+
 def test_batches_that_say_nothing():
     with pytest.raises(ValueError, match='a batch of type dict holds no tensor'): samples({'text': ['a', 'b']})
     with pytest.raises(ValueError, match='the batch is empty'): layers(nn.Linear(3, 3), torch.empty(0, 3))

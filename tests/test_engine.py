@@ -446,6 +446,20 @@ def test_memory_counts_what_a_row_takes():
     with torch.no_grad(): cut = Cut(model, x)
     assert cut.room(cut.chains(set()))[0] >= 2 * 512 * 4
 
+@dataclass
+class Images:
+    pixels: torch.Tensor
+
+class OfImages(nn.Sequential):
+    def forward(self, batch): return super().forward(batch.pixels if isinstance(batch, Images) else batch)
+
+def test_a_batch_that_cannot_be_traced_runs_whole():
+    model, x = OfImages(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval().requires_grad_(False), torch.randn(20, 6)
+    found = layers(model, x)
+    faults = draw_neurons(found, 200, flip()).assign(image=lambda t: t.index % 20)
+    with pytest.warns(UserWarning, match='the whole network runs instead'): whole = run(model, [Images(x[:10]), Images(x[10:])], faults, found, images=20)
+    assert whole.table.equals(run(model, x.split(10), faults, found, images=20).table) and whole.table.outcome.eq('SDC').any()
+
 def test_a_bad_call_gets_one_clear_error():
     class Number(Two):
         def forward(self, x): return super().forward(x)[:, 0]

@@ -63,6 +63,11 @@ def test_each_missing_field_is_named(kind, folder, model, tmp_path):
     save_file(arrays, tmp_path / 'x', head | {'version': '99'})
     with pytest.raises(ValueError, match="field 'version'"): read(kind, tmp_path / 'x', model)
 
+def test_a_profile_of_nothing_is_refused(folder, tmp_path):
+    arrays = load_file(folder / 'profile')
+    with safe_open(folder / 'profile', 'pt') as f: save_file(arrays | {'values': arrays['values'][:0].contiguous()}, tmp_path / 'x', f.metadata())
+    with pytest.raises(ValueError, match="field 'values' has no row"): load_profile(tmp_path / 'x')
+
 def dicts(v): # within lists and dictionaries
     if isinstance(v, dict): yield v
     for w in v.values() if isinstance(v, dict) else v if isinstance(v, list) else (): yield from dicts(w)

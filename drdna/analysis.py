@@ -109,8 +109,12 @@ class Variant:
     ):
         self.rule, self.lam, self.fitted = rule, lam, fit_rule(fit, lam)
         self.clean = self.statistic(cal).amax(-1)
-    def statistic(self, tests): return apply_rule(tests, *self.fitted, self.rule, self.lam)
-    def alarms(self, tests, fpr): return judge(self.statistic(tests), threshold(self.clean, fpr))
+    def statistic(self, tests): # `(n, L, 3)` to `(n, L)`
+        "The statistic of every layer"
+        return apply_rule(tests, *self.fitted, self.rule, self.lam)
+    def alarms(self, tests, fpr): # `(n, L, 3)`, target rate
+        "Verdicts at a threshold from the calibration set"
+        return judge(self.statistic(tests), threshold(self.clean, fpr))
 
 # %% ../nbs/10_analysis.ipynb #72ffeae2
 def detection_rows(v:Variant, e:Evaluation, fpr:float, tests:str='all') -> Iterable[dict]:
@@ -131,7 +135,10 @@ def detection_table(
     return pd.DataFrame([row for rule in RULES for tests, lam in TESTS.items() for v in [Variant(fit, cal, rule, lam)] for f in fprs for row in detection_rows(v, e, f, tests)])
 
 # %% ../nbs/10_analysis.ipynb #b54fb67f
-def readable(found:pd.DataFrame, fpr:float) -> pd.DataFrame:
+def readable(
+    found:pd.DataFrame, # From `detection_table`
+    fpr:float, # Target rate
+) -> pd.DataFrame:
     "Detection of SDCs at one target rate: one row per rule and tests, one column per error model, first the measured FPR"
     f = found[(found.target_fpr == fpr) & (found.outcome == 'SDC')]
     cell = f.assign(column=f.target + ' ' + f.model, cell=[show_rate(*row) for row in zip(f.k, f.n, f.lo, f.hi)])
@@ -148,7 +155,10 @@ def score_table(v:Variant, e:Evaluation) -> pd.DataFrame: # One row per inferenc
     clean = pd.DataFrame({'image': range(len(e.clean)), 'model': 'clean', 'score': stat(e.clean)})
     return pd.concat([clean, e.table[sdc][['image']].assign(model=(e.table.target + ' ' + e.table.model)[sdc], score=stat(e.faulty)[sdc])], ignore_index=True)
 
-def plot_scores(scores:pd.DataFrame, t:float) -> Figure:
+def plot_scores(
+    scores:pd.DataFrame, # From `score_table`
+    t:float, # The threshold, a line
+) -> Figure:
     "Dots of `score_table`, one column for clean inferences and one per error model, with a threshold"
     fig, ax = axes()
     ax.set_yscale('symlog')  # before the data, which set the limits
@@ -171,7 +181,10 @@ def roc_table(fit:Tensor, cal:Tensor, e:Evaluation) -> pd.DataFrame: # One row p
             rows += [dict(rule=rule, model=f'{target} {model}', n=len(g), fpr=(clean > c).mean(), recall=(faulty[g.index] > c).mean()) for c in cuts]
     return pd.DataFrame(rows)
 
-def plot_roc(roc:pd.DataFrame, least:int=20) -> Figure:
+def plot_roc(
+    roc:pd.DataFrame, # From `roc_table`
+    least:int=20, # SDCs that a curve needs
+) -> Figure:
     "ROC curves of the error models with at least `least` SDCs, or else of the one with most"
     grid = sns.relplot(roc[roc.n >= min(least, roc.n.max())].rename(columns={'model': 'error model'}), x='fpr', y='recall', hue='rule', col='error model', kind='line', drawstyle='steps-post',
                        palette='colorblind', height=2.4, aspect=.95, errorbar=None, facet_kws=dict(ylim=(0, 1.02)))

@@ -552,7 +552,9 @@ def detection(self:Results) -> pd.DataFrame: # One row per population, detector 
     return pd.DataFrame(rows)
 
 # %% ../nbs/09b_campaign.ipynb #08d63123
-def show_interval(rate:float, lo:float, hi:float) -> str: return '–' if math.isnan(rate) else f'{rate:.2%} [{lo:.2%}, {hi:.2%}]' # As tables show it
+def show_interval(rate:float, lo:float, hi:float) -> str:
+    "A rate and its interval as tables show them"
+    return '–' if math.isnan(rate) else f'{rate:.2%} [{lo:.2%}, {hi:.2%}]'
 
 def show_rates(
     t:pd.DataFrame, # From `rates` or `detection`

@@ -417,7 +417,10 @@ def _module(model, layer):
     return m
 
 # %% ../nbs/00_core.ipynb #f3891328
-def at_call(module:nn.Module, n:int):
+def at_call(
+    module:nn.Module, # That a tap hangs on; another one is left alone
+    n:int, # Which call, from 1
+):
     "The next call of `module` in this thread counts as its n-th"
     if hook := _hook_of(module): hook.count.value = n - 1
 

@@ -40,7 +40,13 @@ class Masks(NamedTuple):
     flip: Tensor # int64 `(n,)`: bits inverted, last
     scale: Tensor # float64 `(n,)`: a factor; 1 leaves every bit as it is
 
-def masks(n:int, keep=-1, set=0, flip=0, scale=1.) -> Masks:
+def masks(
+    n:int, # How many values
+    keep=-1, # Bits that stay, as int64; these and the next three for all values, or `(n,)`
+    set=0, # Bits that are set
+    flip=0, # Bits that are flipped, last
+    scale=1., # Factor, before the bits
+) -> Masks: # Of n values each
     "`Masks` for n values from numbers or tensors"
     whole = [torch.as_tensor(m, dtype=torch.int64).expand(n) for m in (keep, set, flip)]
     return Masks(*whole, torch.as_tensor(scale, dtype=torch.float64).expand(n))
@@ -342,7 +348,11 @@ def _is(target, module, t):
     if target == 'buffer': return not param and (t.is_floating_point() or t.dtype == torch.int8)
     return param and (is_monitored(module) and t.ndim > 1 if target == 'weight' else t.ndim == 1)
 
-def parameter_places(net:nn.Module, target:str='weight', names:Iterable[str]|None=None) -> list[Place]:
+def parameter_places(
+    net:nn.Module, # The network
+    target:str='weight', # `weight`, `bias` or `buffer`
+    names:Iterable[str]|None=None, # These tensors instead of all of that kind
+) -> list[Place]:
     "The tensors that `target` means, or those `names`; raises `ValueError` for unknown ones and if there is none"
     if target not in ('weight', 'bias', 'buffer'): raise ValueError(f'target {target!r}: choose weight, bias or buffer')
     stored = _stored(net)

@@ -197,7 +197,11 @@ class Stratum:
     @property
     def size(self) -> int: return sum(p.size for p in self.places) * len(self.bits) * self.images # Members
 
-def strata(p:Population, places:dict, images:int) -> list[Stratum]:
+def strata(
+    p:Population, # One of a plan
+    places:dict, # Target to its `Place`s
+    images:int, # How many inputs faults strike
+) -> list[Stratum]:
     "The strata of a population; raises `ValueError` for layers that are not there, or of another dtype"
     named = lambda place: any(fnmatchcase(n, pat) for pat in p.layers for n in (place.name, place.name.rpartition('.')[0]))
     mine = [place for place in places[p.target] if named(place)]
@@ -367,7 +371,12 @@ def interval(
     if n == 0: return np.nan, np.nan
     return tuple(float(v) for v in proportion_confint(k, n, 1 - level, method))
 
-def show_rate(k:int, n:int, lo:float|None=None, hi:float|None=None) -> str:
+def show_rate(
+    k:int, # So many
+    n:int, # Of so many
+    lo:float|None=None, # Ends of the interval, if not Wilson's
+    hi:float|None=None,
+) -> str:
     "A rate as a table shows it: `k/n = rate [interval]`; Wilson's, unless another is given"
     if n == 0: return '0/0'
     if lo is None: lo, hi = interval(k, n)
@@ -418,7 +427,10 @@ def reached(self:Plan, p:Population, e:dict) -> bool:
 # %% ../nbs/09_plan.ipynb #b35fdeda
 _HEAD = 'drdna faults 1'
 
-def write_faults(faults:pd.DataFrame, path:str|Path):
+def write_faults(
+    faults:pd.DataFrame, # A fault list
+    path:str|Path, # Where to; the suffix says the format
+):
     "Write a fault list as `.parquet` (with pyarrow) or `.csv`"
     path = Path(path)
     if path.suffix == '.parquet':

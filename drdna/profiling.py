@@ -30,6 +30,7 @@ class Spool:
         self.limit, self.parts, self.bytes, self.rows, self.file = limit, [], 0, 0, None
 
     def append(self, x:Tensor): # `(n, ...)`, the same trailing shape and dtype each time
+        "Add n rows"
         x = x.cpu()
         self.shape, self.dtype = x.shape[1:], x.dtype
         self.parts.append(x)
@@ -41,7 +42,8 @@ class Spool:
         for p in self.parts: self.file.write(p.contiguous().numpy())
         self.parts, self.bytes = [], 0
 
-    def tensor(self) -> Tensor: # All rows; backed by the file if there is one
+    def tensor(self) -> Tensor: # `(rows, ...)`
+        "All rows; backed by the file if there is one"
         if self.file is None: return torch.cat(self.parts)
         self._flush(); self.file.flush()
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
@@ -64,11 +66,13 @@ class Profile:
 
     @property
     def cohort(self) -> Cohort:
+        "The sites, as a `Recorder` reads them"
         whole = self.values.shape[2] > max(map(len, self.sites))
         return Cohort(self.layers, self.sites, self.extremes if whole else None)
 
     @property
     def ranges(self) -> dict: # Layer name to `(lo, hi)`
+        "Smallest and largest clean value of each layer, by name"
         return {l.name: tuple(r) for l, r in zip(self.layers, self.range.tolist())}
 
 # %% ../nbs/02_profiling.ipynb #c268c4dd
@@ -202,13 +206,18 @@ def unpack_layers(f:Fields, sites:bool=True) -> tuple[list, list]: # Layers and 
     return found, sites
 
 # %% ../nbs/02_profiling.ipynb #428279a0
-def save_profile(p:Profile, path:str|Path):
+def save_profile(
+    p:Profile, # From `profile`
+    path:str|Path, # Where to; a file that is there is replaced
+):
     "Write a profile to a safetensors file"
     arrays, meta = pack_layers(p.layers, p.sites)
     arrays |= {'values': p.values, 'range': p.range, 'extremes': p.extremes}
     write_tensors(path, 'profile', arrays, meta | {'structure': p.structure, 'weights': p.weights})
 
-def load_profile(path:str|Path) -> Profile:
+def load_profile(
+    path:str|Path, # From `save_profile`
+) -> Profile:
     "Read a profile; raises `ValueError` naming file and field if it is not a sound one"
     f = Fields(path, *read_tensors(path, 'profile'))
     layers, sites = unpack_layers(f)

@@ -153,6 +153,7 @@ def pooled_range(lo, hi, mask):
 
 # %% ../nbs/03_scoring.ipynb #938958de
 def check_bins(bins:int):
+    "Raise `ValueError` for less than one bin"
     if bins < 1: raise ValueError(f'bins={bins}: a histogram needs at least one bin')
 
 def fit_tables(

@@ -45,7 +45,7 @@ def masks(
     keep=-1, # Bits that stay, as int64; these and the next three for all values, or `(n,)`
     set=0, # Bits that are set
     flip=0, # Bits that are flipped, last
-    scale=1., # Factor, before the bits
+    scale=1., # Factor, after the bits
 ) -> Masks: # Of n values each
     "`Masks` for n values from numbers or tensors"
     whole = [torch.as_tensor(m, dtype=torch.int64).expand(n) for m in (keep, set, flip)]

@@ -25,7 +25,10 @@ def long_form(
     lo, hi = bounds(t.recall, t.faults)
     return t.assign(lo=lo, hi=hi)
 
-def bounds(rate, n) -> tuple: # Lower and upper ends
+def bounds(
+    rate, # k / n, of arrays
+    n, # Trials
+) -> tuple: # Lower and upper ends
     "Wilson's 95 % interval; for SDCs that share faults, n is the number of faults, as if the SDCs of one fault were one"
     return tuple(np.clip(proportion_confint(np.asarray(rate) * n, n, method='wilson'), 0, 1))
 

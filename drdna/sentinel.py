@@ -23,11 +23,19 @@ from .core import Layer, Tap, as_float, axes, call_model, device_of, layers as f
 from .detection import threshold
 
 # %% ../nbs/06c_sentinel.ipynb #dc59887e
-def outputs(model:nn.Module, batch, forward:Callable|None=None) -> list: # Names
+def outputs(
+    model:nn.Module, # The network
+    batch, # One batch as the loader yields it
+    forward:Callable|None=None, # `forward(model, batch)` if the default call does not fit
+) -> list: # Names
     "Layers whose output can be looked at: all"
     return [l.name for l in find_layers(model, batch, lambda m: True, forward=forward) if l.shape]
 
-def inputs(model:nn.Module, batch, forward:Callable|None=None) -> list: # Names
+def inputs(
+    model:nn.Module, # The network
+    batch, # One batch as the loader yields it
+    forward:Callable|None=None, # `forward(model, batch)` if the default call does not fit
+) -> list: # Names
     "Layers whose input can be looked at: a tensor of as many samples, which the layer does not write over"
     res = []
     def note(x, call):
@@ -36,13 +44,21 @@ def inputs(model:nn.Module, batch, forward:Callable|None=None) -> list: # Names
     _walk(model, batch, forward, note)
     return res
 
-def checks(model:nn.Module, batch, forward:Callable|None=None) -> dict: # Layer where a relation ends to the layer where it begins, and the relation
+def checks(
+    model:nn.Module, # The network
+    batch, # One batch as the loader yields it
+    forward:Callable|None=None, # `forward(model, batch)` if the default call does not fit
+) -> dict: # Layer where a relation ends to the layer where it begins, and the relation
     "All checks that a sentinel of this model can have"
     found = find_layers(model, batch, forward=forward)
     return {found[r.tail].name: (found[r.head].name, r) for r in relations(model, batch, found, forward=forward)}
 
 # %% ../nbs/06c_sentinel.ipynb #e4fa3497
-def storing(model:nn.Module, batch=None, forward:Callable|None=None) -> list: # Names
+def storing(
+    model:nn.Module, # The network
+    batch=None, # This and the next are what the other kinds of pick need
+    forward:Callable|None=None,
+) -> list: # Names
     "Tensors whose bits can be added up: parameters and buffers, such as weights or running statistics"
     return [n for (n,), _ in tensors({**dict(model.named_parameters()), **dict(model.named_buffers())})]
 
@@ -50,7 +66,11 @@ PICKS = {'max': outputs, 'min': outputs, 'max in': inputs, 'min in': inputs, 'ch
 OUT, INTO = {'max': Tensor.amax, 'min': Tensor.amin}, {'max in': Tensor.amax, 'min in': Tensor.amin}
 LOOKS = OUT | INTO # In the order in which a layer keeps them
 
-def offers(model:nn.Module, batch, forward:Callable|None=None) -> list: # Pairs `(what, layer)`
+def offers(
+    model:nn.Module, # The network
+    batch, # One batch as the loader yields it
+    forward:Callable|None=None, # `forward(model, batch)` if the default call does not fit
+) -> list: # Pairs `(what, layer)`
     "All picks that a model has"
     return [(what, n) for what, where in PICKS.items() for n in where(model, batch, forward)]
 
@@ -188,7 +208,11 @@ class Size(NamedTuple):
     out: float # Bytes per sample
     stored: int = 0 # Bytes in all, of a stored tensor
 
-def sizes(model:nn.Module, batch, forward:Callable|None=None) -> dict: # Name to `Size`: layers in execution order, then stored tensors
+def sizes(
+    model:nn.Module, # The network
+    batch, # One batch as the loader yields it
+    forward:Callable|None=None, # `forward(model, batch)` if the default call does not fit
+) -> dict: # Name to `Size`: layers in execution order, then stored tensors
     "How much there is to read of everything that can be picked"
     seen, n, names = {}, samples(batch), storing(model)
     def note(x, call): seen[call.layer.name] = Size(sum(a.nbytes for a in call.args if isinstance(a, Tensor)) / n, x.nbytes / n)

@@ -1,9 +1,12 @@
-"A network on a GPU: the same verdicts, the same bits by every way, no waiting. Without a GPU a few of these tests run on the CPU, so that nothing here goes stale"
+"A network on a GPU: the same verdicts, the same bits by every way, no waiting. Without a GPU a few of these tests run on the CPU, so that nothing here goes stale, and one on tensors that have a device and no values"
 import copy, shutil
 
 import pandas as pd, pytest, torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from drdna.baselines import fit_detectors
+from drdna.baselines import Extremes, fit_detectors
 from drdna.campaign import Calibrated, Campaign
 from drdna.checksums import Checksum, Together
 from drdna.core import layers, weights_hash
@@ -115,6 +118,37 @@ def test_acting(guards, x, device):
     if not getattr(g.detector, 'apart', True): return
     with Guard(g.model, g.detector, g.threshold, stop='first') as r, pytest.raises(SDCDetected) as e: r(z)
     assert e.value.layer == g.layers[int(want.layer[want.alarm].min())].name
+
+class Stays(TorchDispatchMode):
+    "Refuse what reads or makes tensors of two devices"
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor) and t.ndim}
+        assert len(devices) < 2, f'{func}: {devices}'
+        return out
+
+def imagined(detector, threshold):
+    "Verdict on a GPU that need not be there: tensors that have a device and a shape, and no values that anybody could wait for"
+    detector = copy.deepcopy(detector)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device('cuda'): net, x = Net().eval().requires_grad_(False), torch.empty(6, 3, 8, 8)
+        with Guard(net, detector, threshold) as g:
+            g(x) # the detector's numbers come along with the first batch
+            with Stays(): return g(x)[1]
+
+@pytest.mark.parametrize('name', [*DETECTORS, *MORE])
+def test_all_of_it_stays_on_the_device(model, data, name):
+    with make(model, data, name) as g: verdict = imagined(g.detector, g.threshold)
+    assert all(t.device.type == 'cuda' and t.shape == (6,) for t in verdict)
+
+def test_who_waits_or_copies_is_caught(model, data):
+    class Waits(Extremes):
+        def statistic(self, records): return super().statistic(records) * records.max().item()
+    class Copies(Extremes):
+        def statistic(self, records): return super().statistic(records) + torch.ones(1).to(records.device)
+    found = everywhere(model, data)
+    for kind, error in ((Waits, DataDependentOutputException), (Copies, AssertionError)):
+        with pytest.raises(error): imagined(fit_detectors(model, data, {'d': kind(found)})['d'], 5.)
 
 # ---------------------------------------------------------------- the engine
 

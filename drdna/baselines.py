@@ -134,6 +134,7 @@ class Mahalanobis(LayerDetector):
 class QuantileTree(LayerDetector):
     "A decision tree over quantiles of a few layers (Geissler et al. 2023); needs faulty records to learn from, and scikit-learn. A quantile that is not finite counts as a very large one, infinity with its sign"
     apart = False # The tree looks at all layers
+    tree = None # Until it is grown
     def __init__(self,
         layers:Iterable[Layer], # A few; quantiles sort the whole layer
         q:tuple=(0, .25, .5, .75, 1), # Which quantiles
@@ -154,6 +155,8 @@ class QuantileTree(LayerDetector):
 
     def _features(self, records): return records.flatten(1).float().nan_to_num(3e38, 3e38, -3e38).cpu().numpy() # a tree wants finite numbers
     def judge_layers(self, records):
+        "Raises `ValueError` without a tree"
+        if self.tree is None: raise ValueError('this quantile tree is not grown yet: give it the records of faults, with `learn_faults`')
         s = records.new_zeros(records.shape[:2])
         s[:, -1] = torch.from_numpy(self.tree.predict_proba(self._features(records))[:, 1]).to(s)
         return s

@@ -26,9 +26,10 @@ def _sums(fn, shape): # `fn`: a function of float64 tensors
     x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     with torch.enable_grad():
         y = fn(x)
+        if not isinstance(y, Tensor): return None
         c, v = y.detach().sum(), torch.autograd.grad(y.sum(), x)[0]
-    z = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): out = fn(z)
+    two = torch.randn((2 * shape[0], *shape[1:]), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): out, z = fn(two).chunk(2)[1], two.chunk(2)[1] # beside another sample, which must not matter
     return (v, float(c)) if (out.sum() - (v * z).sum() - c).abs() <= 1e-9 * (1 + out.abs().sum()) else None
 
 def _bare(m):
@@ -144,10 +145,16 @@ def _relation(seen, run, n):
     if not args or len(args[0]) % n: return None
     try:
         if len(run) == 1 and isinstance(m, nn.LayerNorm): return _norm(run[0], m, args, x, n)
-        if len(args) == 2: return Product(run[0], run[0]) if torch.allclose(x.flatten().double(), (args[0].double() @ args[1].double()).flatten(), 1e-2, 1e-2) else None
+        if len(args) == 2: return _product(run[0], args, x)
         sums = _sums(_in_double([seen[i][0] for i in run]), (len(args[0]) // n, *args[0].shape[1:]))
     except (RuntimeError, TypeError): return None # not made for float64, for one tensor, or for these two
-    return sums and Affine(run[0], run[-1], Folded.of(sums[0]), sums[1])
+    if sums is None or len(run) > 1 and sums[0].abs().max() < 1e-9: return None # a sum that is always the same, as a normalisation's, says nothing of the layers before
+    return Affine(run[0], run[-1], Folded.of(sums[0]), sums[1])
+
+def _product(i, args, x):
+    "The relation of a matrix product, if the output is one"
+    y = args[0].double() @ args[1].double()
+    return Product(i, i) if torch.allclose(x.flatten().double(), y.flatten(), 1e-2, 1e-2 * float(y.abs().max())) else None
 
 def _norm(i, m, args, x, n):
     "The relation of a layer normalisation, tried on its own output, for a subclass may do something else; a weight of zero loses what it should add up"
@@ -204,6 +211,7 @@ class Checksum(Standardised):
     def observe(self, x, i, call): # `(N, 1)`
         "`after` of the relation that ends here, less `before` of the one that begins here: of the same, or there is but one"
         begins, ends, wide, n = self.begins.get(i), self.ends.get(i), _wide(x), x.shape[0] # `len` would fix the number in an export
+        if not n: return torch.zeros(0, 1, device=x.device) # of no samples, no shape can be worked out
         if ends is None: return -begins.before(call.args, n, wide).unsqueeze(1)
         after = ends.after(x, wide)
         return (after if begins is None else after - begins.before(call.args, n, wide)).unsqueeze(1)
@@ -219,6 +227,8 @@ def collect(self:Checksum, records:list) -> Tensor: # `(N, L, 1)`
 
 
 # %% ../nbs/06b_checksums.ipynb #95e2ff2f
+def _in_columns(v): return v.flatten(1) if v.ndim > 1 else v.unsqueeze(1)
+
 class Together(LayerDetector):
     "Several detectors as one: the largest of their statistics, each in units of its own largest on the clean inputs of the fit"
     apart = False
@@ -237,7 +247,7 @@ class Together(LayerDetector):
 
     def observe(self, x, i, call=None): # `(N, sum of the parts' R)`
         "What each part that looks at layer i keeps of it"
-        kept = {k: p.observe(x, mine.index(i), call).reshape(x.shape[0], -1) for k, (p, mine) in enumerate(zip(self.parts, self.mine)) if i in mine}
+        kept = {k: _in_columns(p.observe(x, mine.index(i), call)) for k, (p, mine) in enumerate(zip(self.parts, self.mine)) if i in mine}
         self.widths[i] = {k: v.shape[1] for k, v in kept.items()}
         return torch.cat([*kept.values()], 1)
 

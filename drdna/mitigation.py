@@ -105,13 +105,15 @@ class Restrict(Tap):
 
 # %% ../nbs/07_mitigation.ipynb #30a7035d
 class Rerun(Tap):
-    "While open, layers run once more, past all hooks, where their output leaves its range"
+    "While open, layers run once more, past all hooks, where their output leaves its range; one that works in place, on what it reads, is a `ValueError`"
     def __init__(self,
         model:nn.Module, # The network
         layers:list[Layer], # Which layers
         ranges:dict|None=None, # Layer name to `(lo, hi)`, as `Profile.ranges` gives them; default: every layer runs twice
     ):
         if ranges is not None and (lost := [l.name for l in layers if l.name not in ranges]): raise ValueError(f'no range is given for layer {lost[0]}')
+        modules = dict(model.named_modules())
+        if over := [l.name for l in layers if getattr(modules.get(l.path), 'inplace', False)]: raise ValueError(f'layer {over[0]} works in place: what it read is gone before it could run again; build it with inplace=False')
         self.ranges = ranges
         super().__init__(model, layers, self._again, 'mitigate')
 
@@ -187,9 +189,12 @@ def check(self:Golden) -> list[str]:
 
 @patch
 def restore(self:Golden) -> list[str]: # The tensors that were healed
-    "Write the copy over the tensors that differ, in place; raises `RuntimeError`, and writes nothing, if a copy that is needed is damaged"
-    names, now = self.check(), self._now()
-    if bad := self.damaged(names): raise RuntimeError(f'the golden copy of {", ".join(bad)} is damaged: nothing was restored')
+    "Write the copy over the tensors that differ, in place; or, where it is the copy that changed, the tensor over the copy. Raises `RuntimeError`, and writes nothing, if both did"
+    now, differ = self._now(), self.check()
+    lost = self.damaged(differ)
+    if bad := [n for n in lost if _digest(now[n]) != self.digests[n]]: raise RuntimeError(f'the golden copy of {", ".join(bad)} is damaged as well: nothing was restored')
+    for n in lost: self.copies[n].copy_(now[n].detach())
+    names = [n for n in differ if n not in lost]
     for n in names: now[n].data.copy_(self.copies[n])
     if names: torch.clear_autocast_cache()  # it may hold the weights as they were
     return names

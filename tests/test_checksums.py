@@ -215,3 +215,41 @@ def test_a_guard_of_both_compiles_and_says_what_it_cannot():
         eager, graph = guard(x)[1], torch.compile(guard, fullgraph=True, backend='eager')(x)[1]
     assert eager.alarm.all() and graph.alarm.all() and torch.equal(eager.layer, graph.layer)
     with pytest.raises(ValueError, match='by itself, which a Together does not'): Guard(model, guard.detector, 1., stop='first')
+
+NORMS = {'layer': lambda: nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)), 'instance': lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4)), 'group': lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))}
+
+@pytest.mark.parametrize('name', NORMS)
+def test_a_sum_that_never_changes_covers_its_own_layer_only(name):
+    torch.manual_seed(0)
+    model, x = NORMS[name]().eval().requires_grad_(False), torch.randn(4, 6) if name == 'layer' else image(px=8)
+    check = Checksum(model, x)
+    assert [(r.head, r.tail) for r in check.relations] == [(0, 0), (1, 1)] and left_over(model, check, x).abs().max() < 1e-5
+    model[0].weight.view(-1)[0] += 50
+    assert left_over(model, check, x).abs().max() > 1e-3
+
+def test_what_depends_on_the_rest_of_the_batch_obeys_nothing():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    assert Checksum(model, image()).uncovered == ['1']
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2)
+    def forward(self, x): return self.fc(self.lstm(x)[0][:, -1])
+
+def test_layers_of_several_outputs_are_named():
+    model, x = Recurrent().eval(), torch.randn(3, 5, 4)
+    assert Checksum(model, x, layers(model, x, want=lambda m: True)).uncovered == ['lstm']
+
+class Scaled(AttentionProduct):
+    def forward(self, a, b): return a @ b / 8
+class Product(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.l, self.product = nn.Linear(4, 4), kind()
+    def forward(self, x): return self.product(x, self.l(x).mT)
+
+@pytest.mark.parametrize('kind,uncovered', [(AttentionProduct, []), (Scaled, ['product'])])
+def test_small_products_are_looked_at_as_closely(kind, uncovered):
+    model, x = Product(kind).eval(), .01 * torch.randn(3, 4, 4)
+    assert Checksum(model, x, layers(model, x, want=lambda m: True)).uncovered == uncovered

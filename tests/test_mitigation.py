@@ -95,6 +95,9 @@ def test_bad_input():
     with pytest.raises(ValueError, match='another dtype'): Restrict(small()[0].double(), p)
     with pytest.raises(ValueError, match='no rewrite is given for layer 0'): Restrict(model, p, {})
     with pytest.raises(ValueError, match='no range is given for layer 0'): Rerun(model, p.layers, {})
+    over = nn.Sequential(nn.Linear(4, 4), nn.Hardswish(inplace=True))
+    with pytest.raises(ValueError, match='layer 1 works in place'): Rerun(over, layers(over, torch.randn(2, 4), want=lambda m: True))
+    assert not any(m._forward_hooks for m in over.modules())
     with pytest.raises(ValueError, match='no batch'): channel_means(model, [], p.layers)
     with pytest.raises(ValueError, match='layer 0: non-finite'): channel_means(model, [x * float('nan')], p.layers)
     with pytest.raises(ValueError, match='not in the profile'): Repaired(Extremes(layers(other, torch.randn(2, 3, 32, 32))), p)
@@ -155,10 +158,22 @@ def test_a_damaged_copy_is_refused_and_nothing_is_written():
     golden = Golden(model)
     golden.copies['3.weight'][0, 0, 0, 0] += 1
     assert golden.damaged() == ['3.weight'] and golden.check() == ['3.weight']
-    model[0].weight[0] = 0
+    model[0].weight[0], model[3].weight[0] = 0, 0
     broken = weights_hash(model)
-    with pytest.raises(RuntimeError, match='golden copy of 3.weight is damaged'): golden.restore()
-    assert weights_hash(model) == broken
+    with pytest.raises(RuntimeError, match='golden copy of 3.weight is damaged as well'): golden.restore()
+    assert weights_hash(model) == broken and golden.damaged() == ['3.weight']
+
+@torch.no_grad()
+def test_a_damaged_copy_of_sound_weights_is_healed_from_them_and_stops_no_ladder():
+    model, x = small()
+    golden, before = Golden(model), weights_hash(model)
+    stands, zeroed = lambda x: (torch.zeros(len(x), 2), said(*[True] * len(x))), lambda x: (torch.ones(len(x), 2), said(*[False] * len(x)))
+    golden.copies['3.weight'][0, 0, 0, 0] += 1
+    y, v, at = Ladder(stands, {'restore': restored(golden, stands), 'zero': zeroed})(x)
+    assert set(at.tolist()) == {2} and y.all() and not v.alarm.any() and golden.damaged() == golden.check() == [] and weights_hash(model) == before
+    golden.copies['3.weight'][0, 0, 0, 0] += 1
+    model[0].weight[0] = 0
+    assert golden.restore() == ['0.weight'] and golden.damaged() == golden.check() == [] and weights_hash(model) == before
 
 def test_another_model_is_refused():
     model = small()[0]

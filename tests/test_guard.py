@@ -160,6 +160,12 @@ def test_contexts_and_memory_formats(any_guard, x):
     assert low.alarm[4] and low.score.dtype in (torch.float32, torch.float64)
     assert not any_guard(x[:0])[1].alarm.numel()
 
+@pytest.mark.parametrize('value', [float('inf'), float('-inf'), float('nan')])
+def test_a_pixel_that_is_not_finite_raises_an_alarm(any_guard, data, value):
+    x = data[0][:4].clone()
+    x[2, 1, 3, 3] = value
+    assert any_guard(x)[1].alarm[2]
+
 def test_nothing_of_the_model_changes(data):
     model = Net()
     before, keys = {k: v.clone() for k, v in model.state_dict().items()}, list(model.state_dict())

@@ -30,7 +30,7 @@ from drdna.data_model import cifar10_splits, loader, trained_resnet18, trained_v
 from drdna.detection import RULES, DrDNA, collect_clean, fit_rule, threshold
 from drdna.engine import run
 from drdna.injection import channel, draw_neurons, draw_weights, flip, parameter_places, row, sign, stuck_at, uniform
-from drdna.leaderboard import CELL, OUT_OF_RANGE
+from drdna.leaderboard import CELL, OUT_OF_RANGE, trials
 from drdna.plan import listed
 from drdna.profiling import profile
 from drdna.sentinel import Sentinel
@@ -92,8 +92,10 @@ def settings() -> dict: # Name to `(k, bins, lam, rule)`
     "Settings of Dr. DNA"
     lams = {'τ1': (1, 0, 0), 'τ2': (0, 1, 0), 'τ3': (0, 0, 1), 'τ1+τ2': (1, 1, 0), 'τ1+τ3': (1, 0, 1), 'τ2+τ3': (0, 1, 1), 'all': (1, 1, 1), 'all, τ2 × 32': (1, 32, 1)}
     res = {f'Dr. DNA {n}, {rule}': (32, 10, l, rule) for n, l in lams.items() for rule in RULES}
-    res |= {f'Dr. DNA {n}, per_layer, k={k}': (k, 10, lams[n], 'per_layer') for n in ('all', 'τ2') for k in (8, 16, 64, 128)}
-    return res | {f'Dr. DNA {n}, per_layer, {b} bins': (32, b, lams[n], 'per_layer') for n in ('all', 'τ2') for b in (5, 20, 40)}
+    for n, rule in itertools.product(('all', 'τ2'), ('per_layer', 'final')):
+        res |= {f'Dr. DNA {n}, {rule}, k={k}': (k, 10, lams[n], rule) for k in (8, 16, 64, 128)}
+        res |= {f'Dr. DNA {n}, {rule}, {b} bins': (32, b, lams[n], rule) for b in (5, 20, 40)}
+    return res
 
 SITES = FOLDER / 'sites.csv'  # from sites.py
 SENTINELS = {f'sentinel, {s}%': ('out of range', s / 100) for s in (1.5, 2, 3, 5, 10)} | {f'sentinel for all, {s}%': ('all', s / 100) for s in (1.5, 2, 5, 10)}  # aim, and share of an inference at a batch of 32, as sites.py reckons it
@@ -104,7 +106,7 @@ def sentinels(network, model, batch) -> dict:
     picks = lambda aim, share: list(t[(t.aim == aim) & (t.share == share)][['what', 'layer']].itertuples(index=False, name=None))
     return {name: Sentinel(model, batch, picks(*how)) for name, how in SENTINELS.items()}
 
-FITTED = 4000 # Training images that sentinels are fitted on: their units are the largest of so many; the others learn nothing more from them
+FITTED = 4000 # Training images that sentinels are fitted on, since their units are the largest of so many; the others take the first 1,000 of them
 
 def rivals(network, model, batch, found) -> dict:
     "Everything but Dr. DNA and sentinels, not fitted yet"
@@ -277,7 +279,7 @@ def judge_cells(b:Bench, args):
         row, t = dict(zip(CELL, cell)), again(b, cell, at, bad, args.work / 'judged' / name_of(cell))
         seen = pd.DataFrame({f'{n} @ {f}': ~(t[f'{n}.score'] <= v) for (n, f), v in b.thresholds.items()}, index=t.index)
         put(GRID, pd.DataFrame([old | row | at | seen.sum().astype(int).to_dict()]), CELL)
-        put(REACH, reach(t, b).assign(**row), [*CELL, 'detector'])
+        put(REACH, reach(t, b, 'fault' if 'weight' in cell else 'image').assign(**row), [*CELL, 'detector'])
         bits = by_bit(t, seen)
         if args.detectors: bits = beside(cell, bits) if old else bits[:0]
         if len(bits): put(BITS, bits.assign(**row), [*CELL, 'bit'])
@@ -304,15 +306,16 @@ def beside(cell, bits) -> pd.DataFrame:
     old = t[is_cell(t, cell)].drop(columns=CELL)
     return old if old.empty or bits.empty else bits.set_index('bit').combine_first(old.set_index('bit')).reset_index()
 
-def reach(t, b:Bench) -> pd.DataFrame: # A row per detector
-    "How many of the SDCs that a detector saw raise no alarm without the fault (`net`), and how many layers lie between the struck one and the first abnormal one; a stored tensor that looks abnormal is no layer"
+def reach(t, b:Bench, share) -> pd.DataFrame: # A row per detector
+    """How many of the SDCs that a detector saw raise no alarm without the fault (`net`), how many independent trials its recall is worth, since SDCs `share` faults or images, and how many layers lie
+    between the struck one and the first abnormal one; a stored tensor that looks abnormal is no layer"""
     order = {l.name: i for i, l in enumerate(layers(b.net.model, next(iter(b.net.test)), want=lambda m: True))}
     def row(n):
         hit = t[t[f'{n}.alarm'].astype(bool)]
         where, struck, names = hit[f'{n}.layer'].map(order), hit.layer.map(lambda s: order.get(s, order.get(s.rpartition('.')[0]))), hit[f'{n}.layer'].value_counts()
         behind = where - struck
-        return dict(detector=n, seen=len(hit), net=int((~hit[f'{n}.twin'].astype(bool)).sum()), stored=int(where.isna().sum()), median=behind.median(), upper=behind.quantile(.95), most=behind.max(), layer=names.index[0], share=names.iloc[0] / len(hit))
-    return pd.DataFrame([row(n) for n in b.detectors if t[f'{n}.alarm'].any()], columns=['detector', 'seen', 'net', 'stored', 'median', 'upper', 'most', 'layer', 'share'])
+        return dict(detector=n, seen=len(hit), net=int((~hit[f'{n}.twin'].astype(bool)).sum()), trials=round(trials(t[f'{n}.alarm'].astype(bool), t[share]), 1), stored=int(where.isna().sum()), median=behind.median(), upper=behind.quantile(.95), most=behind.max(), layer=names.index[0], share=names.iloc[0] / len(hit))
+    return pd.DataFrame([row(n) for n in b.detectors if t[f'{n}.alarm'].any()], columns=['detector', 'seen', 'net', 'trials', 'stored', 'median', 'upper', 'most', 'layer', 'share'])
 
 def fill(net, args):
     "The cells of a network in one precision"

@@ -151,6 +151,7 @@ def _relation(seen, run, n):
     if sums is None or len(run) > 1 and sums[0].abs().max() < 1e-9: return None # a sum that is always the same, as a normalisation's, says nothing of the layers before
     return Affine(run[0], run[-1], Folded.of(sums[0]), sums[1])
 
+# %% ../nbs/06b_checksums.ipynb #9788cbf6
 def _product(i, args, x):
     "The relation of a matrix product, if the output is one"
     y = args[0].double() @ args[1].double()

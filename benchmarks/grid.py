@@ -306,15 +306,15 @@ def beside(cell, bits) -> pd.DataFrame:
     old = t[is_cell(t, cell)].drop(columns=CELL)
     return old if old.empty or bits.empty else bits.set_index('bit').combine_first(old.set_index('bit')).reset_index()
 
-def reach(t, b:Bench, share) -> pd.DataFrame: # A row per detector
-    """How many of the SDCs that a detector saw raise no alarm without the fault (`net`), how many independent trials its recall is worth, since SDCs `share` faults or images, and how many layers lie
+def reach(t, b:Bench, cluster) -> pd.DataFrame: # A row per detector
+    """How many of the SDCs that a detector saw raise no alarm without the fault (`net`), how many independent trials its recall is worth, since SDCs share a `cluster`, fault or image, and how many layers lie
     between the struck one and the first abnormal one; a stored tensor that looks abnormal is no layer"""
     order = {l.name: i for i, l in enumerate(layers(b.net.model, next(iter(b.net.test)), want=lambda m: True))}
     def row(n):
         hit = t[t[f'{n}.alarm'].astype(bool)]
         where, struck, names = hit[f'{n}.layer'].map(order), hit.layer.map(lambda s: order.get(s, order.get(s.rpartition('.')[0]))), hit[f'{n}.layer'].value_counts()
         behind = where - struck
-        return dict(detector=n, seen=len(hit), net=int((~hit[f'{n}.twin'].astype(bool)).sum()), trials=round(trials(t[f'{n}.alarm'].astype(bool), t[share]), 1), stored=int(where.isna().sum()), median=behind.median(), upper=behind.quantile(.95), most=behind.max(), layer=names.index[0], share=names.iloc[0] / len(hit))
+        return dict(detector=n, seen=len(hit), net=int((~hit[f'{n}.twin'].astype(bool)).sum()), trials=round(trials(t[f'{n}.alarm'].astype(bool), t[cluster]), 1), stored=int(where.isna().sum()), median=behind.median(), upper=behind.quantile(.95), most=behind.max(), layer=names.index[0], share=names.iloc[0] / len(hit))
     return pd.DataFrame([row(n) for n in b.detectors if t[f'{n}.alarm'].any()], columns=['detector', 'seen', 'net', 'trials', 'stored', 'median', 'upper', 'most', 'layer', 'share'])
 
 def fill(net, args):

@@ -45,10 +45,13 @@ def everywhere(model, data): return layers(model, data[0], want=lambda m: True)
 
 def make(model, data, name='DrDNA', **kw): return Guard.fit(model, data, fpr=.05, k=4, layers=everywhere(model, data), detector=DETECTORS[name], **kw)
 
-@pytest.fixture(params=DETECTORS)
-def guard(request, model, data):
-    with make(model, data, request.param) as g: yield g
+def closed_behind(model, g):
+    "A guard that leaves no hook"
+    with g: yield g
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+@pytest.fixture(params=DETECTORS)
+def guard(request, model, data): yield from closed_behind(model, make(model, data, request.param))
 
 SUMS = {'Checksum': lambda model, x: lambda found: Checksum(model, x),
         'Together': lambda model, x: lambda found: Together([Checksum(model, x), Extremes(layers(model, x))], layers(model, x, want=lambda m: True)),
@@ -57,8 +60,7 @@ SUMS = {'Checksum': lambda model, x: lambda found: Checksum(model, x),
 def sums(model, data, name, fpr=.05): return Guard.fit(model, data, fpr=fpr, detector=SUMS[name](model, data[0]))
 
 @pytest.fixture(params=[*DETECTORS, *SUMS])
-def any_guard(request, model, data):
-    with sums(model, data, request.param) if request.param in SUMS else make(model, data, request.param) as g: yield g
+def any_guard(request, model, data): yield from closed_behind(model, (sums if request.param in SUMS else make)(model, data, request.param))
 
 def same(a, b): return all(torch.equal(p.nan_to_num(7e7), q.nan_to_num(7e7)) for p, q in zip(a, b))
 
